@@ -1,0 +1,154 @@
+"""The configuration of one shadow adapter."""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from shadowpeft.errors import ConfigError
+
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
+
+
+def _field(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadowConfig:
+    """Everything that defines a shadow adapter apart from its weights.
+
+    The defaults are the paper's (arXiv 2604.19254). Where the paper, the authors' package and Hugging
+    Face PEFT differ, the difference is a field; :meth:`preset` sets all of them at once. Field names
+    follow PEFT's ``ShadowConfig`` where it has the field.
+
+    Raises:
+        ConfigError: a value outside its range.
+    """
+
+    task_type: TaskType = _field("CAUSAL_LM", "which loss and heads: causal language model or sequence classification")
+
+    # The shadow backbone (Eq. 1)
+    shadow_model: str = _field("implicit", "'implicit' (fresh weights of the base's class) or a path / hub name")
+    shadow_num_hidden_layers: int = _field(1, "blocks of an implicit shadow")
+    shadow_hidden_size: int | None = _field(None, "width of an implicit shadow; None: the base's")
+    shadow_num_attention_heads: int | None = _field(None, "query heads of an implicit shadow; None: the base's")
+    shadow_num_key_value_heads: int | None = _field(None, "key/value heads of an implicit shadow; None: the base's")
+    shadow_head_dim: int | None = _field(None, "head width of an implicit shadow; None: the base's")
+    shadow_intermediate_size: int | None = _field(256, "MLP width of an implicit shadow; None: the base's")
+    shadow_layer_types: Literal["full", "base"] = _field(
+        "full", "attention of an implicit shadow: full in every block, or the base's first layer types"
+    )
+    share_embeddings: bool | None = _field(
+        None, "feed the base's embeddings to the shadow; None: yes for an implicit shadow, no for an explicit one"
+    )
+    freeze_embeddings: bool = _field(True, "keep a shadow's own embedding table frozen")
+
+    # Injection (Eq. 2-4)
+    r: int = _field(16, "rank of the injected correction")
+    shadow_alpha: float = _field(0.1, "scale of the injected correction, used as it is (not divided by r)")
+    shadow_dropout: float = _field(0.2, "dropout of the injection and of the transform")
+    dropout_at: Literal["bottleneck", "input"] = _field("bottleneck", "drop after W_down, or the d-wide input of it")
+    down_init: Literal["normal", "linear"] = _field("normal", "W_down ~ N(0, 0.02^2), or torch's nn.Linear default")
+    inject_from: Literal["difference", "state"] = _field("difference", "correct from h - s (Eq. 2) or from s alone")
+    first_block: int = _field(1, "index of the first block whose input is corrected")
+
+    # Update (Eq. 5-7, 13-14)
+    use_update: bool = _field(True, "advance the state between blocks; False keeps s(0) for every block")
+    update_hidden_size: int = _field(10, "hidden width h_g of transform and gate")
+    update_norm: Literal["layernorm", "none"] = _field("layernorm", "one shared LayerNorm before transform and gate")
+    update_activation: Literal["silu", "gelu"] = _field("silu", "activation inside transform and gate")
+    update_bias: bool = _field(False, "biases in transform and gate")
+    transform_dropout: bool = _field(True, "dropout inside the transform (Eq. 13)")
+    share_steps: bool = _field(False, "one step's weights for all depths")
+
+    # Training
+    auxiliary_loss_weight: float = _field(0.05, "lambda: weight of the shadow's own loss (Eq. 8-9)")
+    adapter_dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = _field(
+        "float32", "dtype of all trained weights, whatever the base's is"
+    )
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in ("r", "update_hidden_size", "shadow_num_hidden_layers"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("shadow_hidden_size", "shadow_num_attention_heads", "shadow_num_key_value_heads"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "None or an integer of at least 1")
+        for name in ("shadow_head_dim", "shadow_intermediate_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "None or an integer of at least 1")
+        _require(0.0 <= self.shadow_dropout < 1.0, "shadow_dropout", self.shadow_dropout, "a number in [0, 1)")
+        _require(self.auxiliary_loss_weight >= 0, "auxiliary_loss_weight", self.auxiliary_loss_weight, "at least 0")
+        _require(self.first_block >= 0, "first_block", self.first_block, "a block index of at least 0")
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for item in fields(self):
+            value, hint = getattr(self, item.name), hints[item.name]
+            if get_origin(hint) is Literal:
+                _require(value in get_args(hint), item.name, value, f"one of {', '.join(map(repr, get_args(hint)))}")
+                continue
+            allowed = tuple(get_args(hint)) or (hint,)
+            allowed += (int,) if float in allowed else ()
+            is_bool_mismatch = isinstance(value, bool) and bool not in allowed
+            ok = isinstance(value, allowed) and not is_bool_mismatch
+            _require(ok, item.name, value, f"of type {' or '.join(t.__name__ for t in allowed)}")
+
+    @property
+    def is_implicit(self) -> bool:
+        return self.shadow_model == "implicit"
+
+    @property
+    def shares_embeddings(self) -> bool:
+        return self.is_implicit if self.share_embeddings is None else self.share_embeddings
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
+        """The ``paper``'s formulas, those of the ``authors``' package or of Hugging Face ``peft``; see docs/equations.md."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return cls.from_dict({**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":
+        """Builds a config from plain values; an unknown key is an error that names it and the nearest field."""
+        check_keys(values, {item.name for item in fields(cls)}, what="shadow config")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def replace(self, **changes: Any) -> "ShadowConfig":
+        return replace(self, **changes)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "authors": {"shadow_layer_types": "base"},
+    "peft": {
+        "shadow_layer_types": "base",
+        "first_block": 0,
+        "dropout_at": "input",
+        "down_init": "linear",
+        "update_norm": "none",
+        "update_activation": "gelu",
+        "update_bias": True,
+        "transform_dropout": False,
+        "r": 8,
+        "update_hidden_size": 8,
+    },
+}
+
+
+def check_keys(values: dict[str, Any], known: set[str], *, what: str) -> None:
+    """Refuses keys outside ``known``, suggesting the nearest one."""
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
+            raise ConfigError(f"unknown key {key!r} in {what}{hint}")
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value!r} is not valid: expected {expected}")

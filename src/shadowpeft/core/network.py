@@ -1,0 +1,98 @@
+"""The module that owns every trained weight of one adapter."""
+
+import torch
+from torch import Tensor, nn
+
+from shadowpeft.core.config import ShadowConfig
+from shadowpeft.core.step import Injection, Update
+
+
+class ShadowNetwork(nn.Module):
+    """Shadow backbone, projection, and the steps between the base's blocks.
+
+    A checkpoint is this module's ``state_dict()``, the optimizer's work list its trainable
+    ``parameters()``, and a second adapter is a second network.
+
+    Args:
+        config: the adapter's configuration.
+        backbone: decoder stack with final norm; called with ``inputs_embeds`` or ``input_ids``, returns
+            ``last_hidden_state`` [B, T, d_s].
+        width: d, hidden width of the base.
+        num_blocks: L, decoder blocks of the base.
+        backbone_width: d_s, hidden width of the backbone.
+        embedding_width: width of the base's embeddings if they are shared, else None.
+        num_labels: classes of a sequence classifier, else None.
+
+    Attributes:
+        projection: W_proj of Eq. 10, ``Linear(d_s, d)``, where the widths differ, else None.
+        embedding_projection: ``Linear(embedding_width, d_s)`` in front of a backbone that shares
+            embeddings of another width, else None. It folds into the embedding table on detaching.
+        head, shadow_head: the two trained classification heads (Eq. 9), else None.
+    """
+
+    def __init__(
+        self,
+        config: ShadowConfig,
+        backbone: nn.Module,
+        *,
+        width: int,
+        num_blocks: int,
+        backbone_width: int,
+        embedding_width: int | None,
+        num_labels: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_blocks = num_blocks
+        self.backbone = backbone
+        self.projection = nn.Linear(backbone_width, width, bias=False) if backbone_width != width else None
+        needs_in = embedding_width is not None and embedding_width != backbone_width
+        self.embedding_projection = nn.Linear(embedding_width, backbone_width, bias=False) if needs_in else None
+        num_steps = num_blocks - config.first_block
+        self.injections = nn.ModuleList(Injection(width, config) for _ in range(self._copies(num_steps)))
+        # No update behind the last block: its result would feed nothing and never receive a gradient.
+        num_updates = num_steps - 1 if config.use_update else 0
+        self.updates = nn.ModuleList(Update(width, config) for _ in range(self._copies(num_updates)))
+        has_norm = config.update_norm == "layernorm" and num_updates > 0
+        self.update_norm = nn.LayerNorm(width) if has_norm else None
+        is_classifier = num_labels is not None
+        self.head = nn.Linear(width, num_labels, bias=False) if is_classifier else None
+        self.shadow_head = nn.Linear(width, num_labels, bias=False) if is_classifier else None
+
+    def _copies(self, count: int) -> int:
+        return min(count, 1) if self.config.share_steps else count
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Eq. 10: [B, T, d_s] -> [B, T, d]."""
+        return hidden if self.projection is None else self.projection(hidden.to(self.projection.weight.dtype))
+
+    def step(self, block_index: int, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+        """What happens in front of one block: update s from the last block's output, then correct its input.
+
+        Args:
+            block_index: l, the block about to run.
+            h: h_out(l-1), [B, T, d].
+            s: the state in front of the last block, [B, T, d].
+
+        Returns:
+            ``(h(l), s(l-1))`` for l past the first refined block; in front of the first one s is s(0), unchanged;
+            and in front of blocks that are not refined, ``h`` and ``s`` themselves.
+        """
+        index = block_index - self.config.first_block
+        if index < 0:
+            return h, s
+        if index > 0 and len(self.updates):
+            update: Update = self.updates[0 if self.config.share_steps else index - 1]  # type: ignore[assignment]
+            s = update(self._normed(h), s)
+        injection: Injection = self.injections[0 if self.config.share_steps else index]  # type: ignore[assignment]
+        return injection(h, s), s
+
+    def _normed(self, h: Tensor) -> Tensor:
+        return h if self.update_norm is None else self.update_norm(h.to(self.update_norm.weight.dtype))
+
+    def num_parameters(self, *, only_trainable: bool = False) -> int:
+        return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.injections[0].W_down.dtype  # type: ignore[union-attr, return-value]

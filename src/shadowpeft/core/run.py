@@ -1,0 +1,52 @@
+"""The state of one forward pass."""
+
+import torch
+from torch import Tensor
+
+from shadowpeft.core.network import ShadowNetwork
+
+
+class ShadowRun:
+    """The shadow state of one call, handed to every block as a keyword; nothing of it is kept on a module.
+
+    While gradients are on, the state in front of every block is kept (autograd holds it anyway), so that
+    a block that is recomputed by gradient checkpointing sees the state it saw the first time. Without
+    gradients only the newest state is kept.
+
+    Args:
+        network: whose steps refine this call.
+        initial: s(0), [B, T, d] (Eq. 1).
+    """
+
+    __slots__ = ("network", "initial", "_needs_grad", "_states")
+
+    def __init__(self, network: ShadowNetwork, initial: Tensor) -> None:
+        self.network = network
+        self.initial = initial
+        self._needs_grad = torch.is_grad_enabled() and initial.requires_grad
+        self._states: dict[int, Tensor] = {-1: initial}
+
+    def step(self, block_index: int, h: Tensor) -> Tensor:
+        """The corrected input of block ``block_index``; ``h`` is the previous block's output, [B, T, d].
+
+        Raises:
+            RuntimeError: gradients are switched off inside a call that started with them (re-entrant checkpointing).
+            ValueError: state and hidden states differ in shape.
+        """
+        if self._needs_grad and not torch.is_grad_enabled():
+            raise RuntimeError(
+                "re-entrant gradient checkpointing would lose the gradient of the shadow state; call "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+            )
+        previous = self._states[block_index - 1]
+        if previous.shape != h.shape:
+            raise ValueError(
+                f"the shadow state has shape {tuple(previous.shape)} but block {block_index} receives "
+                f"{tuple(h.shape)}: both paths must see the same tokens (pass the same cache to every call)"
+            )
+        corrected, state = self.network.step(block_index, h, previous.to(h.device))
+        if self._needs_grad:
+            self._states.setdefault(block_index, state)
+        else:
+            self._states = {block_index: state}
+        return corrected

@@ -1,0 +1,120 @@
+"""Equations 2-7, 13 and 14 as functions, and the trained weights of one step between two blocks.
+
+Shapes: ``h`` is a block's output and ``s`` the shadow state, both [B, T, d]. Weights are stored as the
+paper writes them, ``[in, out]``, and used as ``h @ W``.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shadowpeft.core.config import ShadowConfig
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+
+
+def discrepancy(h: Tensor, s: Tensor) -> Tensor:
+    """Eq. 2: ``delta = h - s``, [B, T, d]."""
+    return h - s
+
+
+def correction(delta: Tensor, W_down: Tensor, W_up: Tensor, *, dropout: float = 0.0, at: str = "bottleneck") -> Tensor:
+    """Eq. 3: ``Dropout(delta W_down) W_up``; W_down [d, r], W_up [r, d]. ``at="input"`` drops delta instead."""
+    if at == "input":
+        return F.dropout(delta, dropout) @ W_down @ W_up
+    return F.dropout(delta @ W_down, dropout) @ W_up
+
+
+def inject(h: Tensor, correction: Tensor, alpha: float) -> Tensor:
+    """Eq. 4: ``h + alpha * correction``, in the dtype of ``h``."""
+    return torch.add(h, correction.to(h.dtype), alpha=alpha)
+
+
+def transform(z: Tensor, W_1: Tensor, W_2: Tensor, *, act: Callable[[Tensor], Tensor], dropout: float = 0.0) -> Tensor:
+    """Eq. 5 and 13: ``Dropout(act(z W_1)) W_2``; W_1 [d, h_g], W_2 [h_g, d]."""
+    return F.dropout(act(z @ W_1), dropout) @ W_2
+
+
+def gate(z: Tensor, W_1: Tensor, W_2: Tensor, *, act: Callable[[Tensor], Tensor]) -> Tensor:
+    """Eq. 6 and 14: ``sigmoid(act(z W_1) W_2)``, element-wise, [B, T, d]."""
+    return torch.sigmoid(act(z @ W_1) @ W_2)
+
+
+def update(s: Tensor, g: Tensor, t: Tensor) -> Tensor:
+    """Eq. 7: ``(1 - g) * s + g * t``."""
+    return torch.lerp(s, t, g)
+
+
+class Injection(nn.Module):
+    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: the base is untouched at first."""
+
+    def __init__(self, width: int, config: ShadowConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.W_down = nn.Parameter(torch.empty(width, config.r))
+        self.W_up = nn.Parameter(torch.empty(config.r, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.config.down_init == "normal":
+            nn.init.normal_(self.W_down, std=0.02)
+        else:
+            linear_init_(self.W_down)
+        nn.init.zeros_(self.W_up)
+
+    def forward(self, h: Tensor, s: Tensor) -> Tensor:
+        """[B, T, d], [B, T, d] -> [B, T, d]: the corrected input of the block."""
+        config = self.config
+        source = discrepancy(h, s) if config.inject_from == "difference" else s
+        dropout = config.shadow_dropout if self.training else 0.0
+        source = source.to(self.W_down.dtype)
+        return inject(
+            h, correction(source, self.W_down, self.W_up, dropout=dropout, at=config.dropout_at), config.shadow_alpha
+        )
+
+
+class Update(nn.Module):
+    """The gated advance of the shadow state after one block (Eq. 5-7)."""
+
+    def __init__(self, width: int, config: ShadowConfig) -> None:
+        super().__init__()
+        hidden = config.update_hidden_size
+        self.config = config
+        self.W_T1 = nn.Parameter(torch.empty(width, hidden))
+        self.W_T2 = nn.Parameter(torch.empty(hidden, width))
+        self.W_G1 = nn.Parameter(torch.empty(width, hidden))
+        self.W_G2 = nn.Parameter(torch.empty(hidden, width))
+        for name, size in (("b_T1", hidden), ("b_T2", width), ("b_G1", hidden), ("b_G2", width)):
+            self.register_parameter(name, nn.Parameter(torch.empty(size)) if config.update_bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for name in ("T1", "T2", "G1", "G2"):
+            weight, bias = getattr(self, f"W_{name}"), getattr(self, f"b_{name}")
+            linear_init_(weight)
+            if bias is not None:
+                bound = 1 / math.sqrt(weight.shape[0])
+                nn.init.uniform_(bias, -bound, bound)
+
+    def forward(self, z: Tensor, s: Tensor) -> Tensor:
+        """``z``: the (normed) block output, ``s``: the state before it; returns the state after it, [B, T, d]."""
+        config = self.config
+        act = ACTIVATIONS[config.update_activation]
+        dropout = config.shadow_dropout if self.training and config.transform_dropout else 0.0
+        z, state = z.to(self.W_T1.dtype), s.to(self.W_T1.dtype)
+        if config.update_bias:
+            t = F.dropout(act(z @ self.W_T1 + self.b_T1), dropout) @ self.W_T2 + self.b_T2
+            g = torch.sigmoid(act(z @ self.W_G1 + self.b_G1) @ self.W_G2 + self.b_G2)
+        else:
+            t = transform(z, self.W_T1, self.W_T2, act=act, dropout=dropout)
+            g = gate(z, self.W_G1, self.W_G2, act=act)
+        return update(state, g.to(state.dtype), t.to(state.dtype)).to(s.dtype)
+
+
+def linear_init_(weight: Tensor) -> None:
+    """What ``nn.Linear`` does by default (uniform in +-1/sqrt(fan in)), for a weight stored as [in, out]."""
+    bound = 1 / math.sqrt(weight.shape[0])
+    nn.init.uniform_(weight, -bound, bound)

@@ -1,0 +1,48 @@
+"""Writing files so that a reader finds the old content or the new one, never half of it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from shadowpeft.errors import ShadowPeftError
+
+
+class SaveError(ShadowPeftError, OSError):
+    """A folder that could not be written; what was there before is untouched."""
+
+
+def write_files(folder: Path, write: Callable[[Path], None]) -> None:
+    """Lets ``write`` fill a temporary folder beside ``folder``, then moves every file into place.
+
+    Raises:
+        SaveError: disk full, read-only, or a file where the folder should be. Old files stay as they were.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    except OSError as error:
+        raise SaveError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    try:
+        write(staging)
+        for path in sorted(staging.iterdir()):
+            _sync(path)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+        _sync(folder)
+    except OSError as error:
+        raise SaveError(
+            f"could not save to {folder}: {error.strerror or error}; the files that were there are unchanged. Free some "
+            "space or choose another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,141 @@
+"""Supported decoder architectures, one row each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import attrgetter
+
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from shadowpeft.errors import ArchitectureError
+
+
+def _plain(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    return logits
+
+
+def _soft_capped(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    cap = config.final_logit_softcapping
+    return logits if cap is None else (logits / cap).tanh() * cap
+
+
+def _multiplied(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    return logits * config.logit_scale
+
+
+def _divided(config: PreTrainedConfig, logits: Tensor) -> Tensor:
+    return logits / config.logits_scaling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What differs between decoder families, as far as a shadow is concerned.
+
+    Attributes:
+        blocks: path from the decoder to its list of blocks.
+        mlp_width: config fields that hold the MLP width (of every expert in a mixture).
+        kv_heads: config field of the key/value heads, None where every query head has its own.
+        head_dim: config field of the head width, None where it is always d / heads.
+        finish_logits: what the causal language model does to ``head(hidden)``.
+        per_layer: config fields with one entry a block.
+        embedding: the decoder's attribute that holds the token embedding.
+    """
+
+    blocks: str = "layers"
+    mlp_width: tuple[str, ...] = ("intermediate_size",)
+    kv_heads: str | None = "num_key_value_heads"
+    head_dim: str | None = "head_dim"
+    finish_logits: Callable[[PreTrainedConfig, Tensor], Tensor] = _plain
+    per_layer: tuple[str, ...] = ("layer_types",)
+    embedding: str = "embed_tokens"
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "mixtral": Architecture(),
+    "qwen2": Architecture(head_dim=None),
+    "qwen3": Architecture(),
+    "qwen3_moe": Architecture(mlp_width=("intermediate_size", "moe_intermediate_size")),
+    "gemma": Architecture(),
+    "gemma2": Architecture(finish_logits=_soft_capped),
+    "gemma3_text": Architecture(finish_logits=_soft_capped),
+    "phi": Architecture(head_dim=None),
+    "phi3": Architecture(head_dim=None),
+    "olmo2": Architecture(head_dim=None),
+    "granite": Architecture(head_dim=None, finish_logits=_divided),
+    "smollm3": Architecture(head_dim=None, per_layer=("layer_types", "no_rope_layers")),
+    "gpt_neox": Architecture(kv_heads=None, head_dim=None, embedding="embed_in"),
+    "gpt2": Architecture(blocks="h", mlp_width=("n_inner",), kv_heads=None, head_dim=None, embedding="wte"),
+    "opt": Architecture(
+        blocks="decoder.layers",
+        mlp_width=("ffn_dim",),
+        kv_heads=None,
+        head_dim=None,
+        embedding="decoder.embed_tokens",
+    ),
+    "stablelm": Architecture(head_dim=None),
+    "starcoder2": Architecture(head_dim=None),
+    "cohere": Architecture(head_dim=None, finish_logits=_multiplied),
+    "gpt_oss": Architecture(),
+}
+
+
+def architecture_of(config: PreTrainedConfig) -> Architecture:
+    """The table row of a model config.
+
+    Raises:
+        ArchitectureError: the type is not in the table; the message lists what is.
+    """
+    model_type = config.model_type
+    if model_type not in ARCHITECTURES:
+        kind = " (an encoder or encoder-decoder)" if _is_encoder(config) else ""
+        raise ArchitectureError(
+            f"model type {model_type!r}{kind} is not supported; supported decoder-only types: "
+            f"{', '.join(sorted(ARCHITECTURES))}"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The decoder stack (with final norm) inside a task model."""
+    return model.base_model
+
+
+def blocks_of(decoder: PreTrainedModel) -> nn.ModuleList:
+    return attrgetter(architecture_of(decoder.config).blocks)(decoder)
+
+
+def check_base(model: PreTrainedModel, *, first_block: int) -> None:
+    """Refuses what cannot carry a shadow, before anything is changed.
+
+    Raises:
+        ArchitectureError: unknown type, bare decoder, too few blocks, projected OPT embeddings.
+    """
+    architecture_of(model.config)
+    task = type(model).__name__
+    if not task.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
+        raise ArchitectureError(
+            f"{task} has neither a language-model nor a classification head; load the base with "
+            "AutoModelForCausalLM or AutoModelForSequenceClassification"
+        )
+    num_blocks = len(blocks_of(decoder_of(model)))
+    if num_blocks < 2:
+        raise ArchitectureError(
+            f"the base has {num_blocks} block; a shadow steps between two blocks, so at least 2 are needed"
+        )
+    if first_block >= num_blocks:
+        raise ArchitectureError(f"first_block={first_block} is past the last of the base's {num_blocks} blocks")
+    _check_opt(model.config)
+
+
+def _check_opt(config: PreTrainedConfig) -> None:
+    if config.model_type == "opt" and config.word_embed_proj_dim != config.hidden_size:
+        raise ArchitectureError(
+            f"OPT with word_embed_proj_dim={config.word_embed_proj_dim} != hidden_size={config.hidden_size} "
+            "(opt-350m) is not supported: its head reads a width that no block has"
+        )
+
+
+def _is_encoder(config: PreTrainedConfig) -> bool:
+    return config.is_encoder_decoder or config.model_type in {"bert", "roberta", "distilbert", "electra", "deberta-v2"}

@@ -1,0 +1,153 @@
+"""Shadow backbones: fresh ones shaped after the base, and pretrained ones from a path or the hub."""
+
+import copy
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+from shadowpeft.core import ShadowConfig
+from shadowpeft.errors import ArchitectureError, ConfigError
+from shadowpeft.model.architectures import Architecture, architecture_of, decoder_of
+
+
+def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedConfig:
+    """The base's config with fewer layers and, where asked, other heads and widths.
+
+    Raises:
+        ConfigError: a size is asked for that this architecture does not have, or sizes that do not fit together.
+    """
+    row = architecture_of(base)
+    shadow = copy.deepcopy(base)
+    num_layers = config.shadow_num_hidden_layers
+    for name in row.per_layer:
+        if getattr(shadow, name, None) is not None:
+            setattr(shadow, name, list(getattr(shadow, name))[:num_layers])
+    shadow.num_hidden_layers = num_layers
+    if config.shadow_layer_types == "full":
+        _use_full_attention(shadow)
+    for name, value in _sizes(row, config, base).items():
+        setattr(shadow, name, value)
+    shadow.tie_word_embeddings = False
+    _check_sizes(shadow, row)
+    return shadow
+
+
+def _use_full_attention(shadow: PreTrainedConfig) -> None:
+    """A sliding window would make the shadow's cache uncroppable and its context shorter, for one cheap layer."""
+    if getattr(shadow, "layer_types", None) is not None:
+        shadow.layer_types = ["full_attention"] * shadow.num_hidden_layers
+    elif getattr(shadow, "sliding_window", None) is not None:
+        shadow.sliding_window = None
+
+
+def _sizes(row: Architecture, config: ShadowConfig, base: PreTrainedConfig) -> dict[str, Any]:
+    """Config fields to set, by name. Only what the user asked for, and head widths that follow from it."""
+    sizes: dict[str, Any] = {}
+    if config.shadow_hidden_size is not None:
+        sizes["hidden_size"] = config.shadow_hidden_size
+        if base.model_type == "opt":
+            sizes["word_embed_proj_dim"] = config.shadow_hidden_size
+    if config.shadow_num_attention_heads is not None:
+        sizes["num_attention_heads"] = config.shadow_num_attention_heads
+        # Multi-head attention in the base stays multi-head in the shadow.
+        if row.kv_heads and getattr(base, row.kv_heads) == base.num_attention_heads:
+            sizes[row.kv_heads] = config.shadow_num_attention_heads
+    for name, field, value in (
+        ("shadow_num_key_value_heads", row.kv_heads, config.shadow_num_key_value_heads),
+        ("shadow_head_dim", row.head_dim, config.shadow_head_dim),
+    ):
+        if value is not None and field is None:
+            raise ConfigError(f"{name}={value} cannot be set: {base.model_type} has no such size; leave it None")
+        if value is not None and field is not None:
+            sizes[field] = value
+    if config.shadow_intermediate_size is not None:
+        sizes |= dict.fromkeys(row.mlp_width, config.shadow_intermediate_size)
+    if row.head_dim and "hidden_size" in sizes and config.shadow_head_dim is None and _head_dim_follows(base):
+        heads = sizes.get("num_attention_heads", base.num_attention_heads)
+        sizes[row.head_dim] = sizes["hidden_size"] // heads
+    return sizes
+
+
+def _head_dim_follows(base: PreTrainedConfig) -> bool:
+    return getattr(base, "head_dim", None) in (None, base.hidden_size // base.num_attention_heads)
+
+
+def _check_sizes(shadow: PreTrainedConfig, row: Architecture) -> None:
+    heads = shadow.num_attention_heads
+    kv_heads = getattr(shadow, row.kv_heads) if row.kv_heads else heads
+    if heads % kv_heads:
+        raise ConfigError(
+            f"the shadow has {heads} query heads but {kv_heads} key/value heads; the first must be a multiple of the "
+            "second: set shadow_num_attention_heads and shadow_num_key_value_heads"
+        )
+    if row.head_dim is None and shadow.hidden_size % heads:
+        raise ConfigError(f"shadow width {shadow.hidden_size} is not a multiple of its {heads} heads")
+
+
+def build_backbone(
+    decoder_class: type[PreTrainedModel], shadow: PreTrainedConfig, *, keep_embeddings: bool, attention: str
+) -> PreTrainedModel:
+    """A backbone with fresh weights in fp32; without ``keep_embeddings`` the token table is never allocated."""
+    built = copy.deepcopy(shadow)
+    if not keep_embeddings:
+        built.vocab_size, built.pad_token_id = 1, None
+    with torch.device(torch.get_default_device()):
+        backbone = decoder_class._from_config(built, dtype=torch.float32, attn_implementation=attention)
+    backbone.config.vocab_size, backbone.config.pad_token_id = shadow.vocab_size, shadow.pad_token_id
+    if not keep_embeddings:
+        remove_embeddings(backbone)
+    return backbone
+
+
+def remove_embeddings(backbone: PreTrainedModel) -> None:
+    """Drops the token table of a backbone that is fed with the base's embeddings."""
+    path = architecture_of(backbone.config).embedding
+    *parents, name = path.split(".")
+    owner = attrgetter(".".join(parents))(backbone) if parents else backbone
+    setattr(owner, name, None)
+
+
+def implicit_backbone(base: PreTrainedModel, config: ShadowConfig) -> PreTrainedModel:
+    decoder = decoder_of(base)
+    return build_backbone(
+        type(decoder),
+        implicit_config(decoder.config, config),
+        keep_embeddings=not config.shares_embeddings,
+        attention=base.config._attn_implementation,
+    )
+
+
+def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_options: Any) -> PreTrainedModel:
+    """Loads a (usually pretrained) decoder from a path or hub name.
+
+    Raises:
+        ArchitectureError: its type is not supported, or its vocabulary differs from the base's.
+    """
+    shadow = AutoConfig.from_pretrained(config.shadow_model, **load_options)
+    architecture_of(shadow)
+    if shadow.vocab_size != base.config.vocab_size:
+        raise ArchitectureError(
+            f"the shadow {config.shadow_model!r} has a vocabulary of {shadow.vocab_size}, the base one of "
+            f"{base.config.vocab_size}: both must use the same tokenizer"
+        )
+    backbone = AutoModel.from_pretrained(
+        config.shadow_model, dtype=torch.float32, attn_implementation=base.config._attn_implementation, **load_options
+    )
+    if config.shares_embeddings:
+        remove_embeddings(backbone)
+    return backbone
+
+
+def empty_backbone(shadow: PreTrainedConfig, *, keep_embeddings: bool, attention: str) -> PreTrainedModel:
+    """A backbone to load saved weights into."""
+    decoder_class = AutoModel._model_mapping[type(shadow)]
+    return build_backbone(decoder_class, shadow, keep_embeddings=keep_embeddings, attention=attention)
+
+
+def embedding_width(base: PreTrainedModel) -> int:
+    return base.get_input_embeddings().weight.shape[1]
+
+

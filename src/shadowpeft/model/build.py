@@ -1,0 +1,65 @@
+"""From a base and a config to a network that is ready to train."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from shadowpeft.core import ShadowConfig, ShadowNetwork
+from shadowpeft.errors import ConfigError
+from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
+from shadowpeft.model.backbones import embedding_width, explicit_backbone, implicit_backbone
+
+
+def is_classifier(base: PreTrainedModel) -> bool:
+    return type(base).__name__.endswith("ForSequenceClassification")
+
+
+def build_network(base: PreTrainedModel, config: ShadowConfig, **load_options: Any) -> ShadowNetwork:
+    """A fresh network for ``base``; nothing of the base is changed.
+
+    Raises:
+        ArchitectureError: the base cannot carry a shadow.
+        ConfigError: the config does not fit the base.
+    """
+    check_base(base, first_block=config.first_block)
+    expected = "SEQ_CLS" if is_classifier(base) else "CAUSAL_LM"
+    if config.task_type != expected:
+        raise ConfigError(f"task_type={config.task_type!r} does not fit {type(base).__name__}; use {expected!r}")
+    make = implicit_backbone if config.is_implicit else explicit_backbone
+    return assemble_network(base, config, make(base, config, **load_options))
+
+
+def assemble_network(base: PreTrainedModel, config: ShadowConfig, backbone: PreTrainedModel) -> ShadowNetwork:
+    """Wraps a backbone into a network of the base's shape, on its device and in the adapter's dtype."""
+    network = ShadowNetwork(
+        config,
+        backbone,
+        width=decoder_of(base).config.hidden_size,
+        num_blocks=len(blocks_of(decoder_of(base))),
+        backbone_width=backbone.config.hidden_size,
+        embedding_width=embedding_width(base) if config.shares_embeddings else None,
+        num_labels=base.config.num_labels if is_classifier(base) else None,
+    )
+    if is_classifier(base):
+        copy_head(base, network)
+    dtype = base.dtype if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
+    return network.to(device=decoder_of(base).device, dtype=dtype)
+
+
+def copy_head(base: PreTrainedModel, network: ShadowNetwork) -> None:
+    """Both trained heads start as copies of the base's, so the adapted model starts equal to the base."""
+    for head in (network.head, network.shadow_head):
+        assert isinstance(head, nn.Linear)
+        if not head.weight.is_meta:
+            head.load_state_dict(copy.deepcopy(base.score.state_dict()))
+
+
+def set_trainable(network: ShadowNetwork, trainable: bool) -> None:
+    """Switches gradients of all weights, but for a shadow's own embedding table that is to stay frozen."""
+    network.requires_grad_(trainable)
+    config = network.config
+    if trainable and not config.is_implicit and not config.shares_embeddings and config.freeze_embeddings:
+        network.backbone.get_input_embeddings().requires_grad_(False)

@@ -1,0 +1,59 @@
+"""One cache for both paths: the shadow's layers sit behind the base's in the same ``Cache``.
+
+Crop, reorder, reset, repeat, select and offload then act on both paths, and ``generate`` needs no override.
+"""
+
+from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
+
+from shadowpeft.errors import ConfigError
+
+
+def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfig) -> Cache:
+    """A view of the shadow's layers of ``cache``, which are appended on first use.
+
+    Args:
+        cache: the cache of the call, made by anyone; changed in place.
+        base: config of the base, whose layers come first.
+        shadow: config of the shadow backbone.
+
+    Raises:
+        ConfigError: the cache has neither the base's number of layers nor that of both paths.
+    """
+    num_base, num_shadow = base.num_hidden_layers, shadow.num_hidden_layers
+    if len(cache.layers) < num_base and cache.layer_class_to_replicate is not None:
+        missing = num_base - len(cache.layers)
+        cache.layers.extend(cache.layer_class_to_replicate() for _ in range(missing))
+    if len(cache.layers) == num_base:
+        if cache.get_seq_length() > 0:
+            raise ConfigError(
+                "this cache holds tokens that only the base has seen; the shadow needs them too: start with an "
+                "empty cache, or with one that this model returned"
+            )
+        cache.layers.extend(_new_layers(cache, shadow))
+    if len(cache.layers) != num_base + num_shadow:
+        raise ConfigError(
+            f"the cache has {len(cache.layers)} layers; expected {num_base} (the base's) or {num_base + num_shadow} "
+            "(base and shadow): it was made for another model or adapter"
+        )
+    return _view(cache, num_base)
+
+
+def _new_layers(cache: Cache, shadow: PreTrainedConfig) -> list:
+    length = _static_length(cache)
+    if length is None:
+        return DynamicCache(config=shadow).layers
+    return StaticCache(config=shadow, max_cache_len=length).layers
+
+
+def _static_length(cache: Cache) -> int | None:
+    lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+    return max(lengths) if lengths else None
+
+
+def _view(cache: Cache, start: int) -> Cache:
+    view = Cache(layers=cache.layers[start:])
+    view.offloading = cache.offloading
+    if cache.offloading:
+        view.only_non_sliding, view.prefetch_stream = cache.only_non_sliding, cache.prefetch_stream
+    return view

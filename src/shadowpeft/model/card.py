@@ -1,0 +1,44 @@
+"""The README.md that travels with an adapter."""
+
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.core import ShadowNetwork
+
+
+def model_card(described: dict[str, Any], network: ShadowNetwork) -> str:
+    """A model card in the hub's format: what the adapter is, for which base, how to use it."""
+    base, shadow = described["base"], described["shadow"]
+    name = base["name_or_path"] or "(not named)"
+    task = "text-classification" if base["num_labels"] else "text-generation"
+    is_local = not name or Path(name).exists() or name.startswith((".", "/"))
+    header = ["---", "library_name: shadowpeft", f"pipeline_tag: {task}", "tags:", "- shadowpeft", "- adapter"]
+    if not is_local:
+        header += [f"base_model: {name}", "base_model_relation: adapter"]
+    trained = network.num_parameters()
+    shown = Path(name).name if is_local else name
+    return "\n".join(
+        [
+            *header,
+            "---",
+            "",
+            f"# ShadowPEFT adapter for {shown}",
+            "",
+            f"A shadow network ({trained:,} parameters) for the frozen `{base['architecture']}` base, "
+            f"{base['num_blocks']} blocks of width {base['hidden_size']}. Method: ShadowPEFT, arXiv 2604.19254.",
+            "",
+            "```python",
+            "from shadowpeft import ShadowModel",
+            "",
+            'model = ShadowModel.from_pretrained("PATH_OR_NAME_OF_THIS_ADAPTER")  # attached to its base',
+            "shadow = model.detach()  # the stand-alone shadow, an ordinary transformers model",
+            "```",
+            "",
+            "| setting | value |",
+            "|---|---|",
+            *[f"| {key} | {value} |" for key, value in sorted(shadow.items()) if value is not None],
+            "",
+            f"Written by shadowpeft {described['library_version']}.",
+            "",
+        ]
+    )

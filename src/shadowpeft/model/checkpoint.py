@@ -1,0 +1,246 @@
+"""An adapter on disk: ``shadow_config.json`` + ``shadow_model.safetensors`` + a model card. Never pickle."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+from shadowpeft import files
+from shadowpeft._version import __version__
+from shadowpeft.core import ShadowConfig, ShadowNetwork
+from shadowpeft.core.config import check_keys
+from shadowpeft.errors import CheckpointError, ConfigError
+from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
+from shadowpeft.model.backbones import empty_backbone
+from shadowpeft.model.build import assemble_network, is_classifier
+from shadowpeft.model.card import model_card
+from shadowpeft.model.fingerprint import differing_tensors, fingerprint
+
+CONFIG_FILE = "shadow_config.json"
+WEIGHTS_FILE = "shadow_model.safetensors"
+CARD_FILE = "README.md"
+FORMAT = "shadowpeft"
+FORMAT_VERSION = 1
+_KEYS = {"format", "format_version", "library_version", "shadow", "base", "backbone"}
+_BASE_KEYS = {
+    "name_or_path", "revision", "architecture", "model_type", "num_blocks", "hidden_size", "vocab_size", "num_labels",
+    "id2label", "fingerprint",
+}  # fmt: skip
+
+
+def describe_base(base: PreTrainedModel) -> dict[str, Any]:
+    config = base.config
+    return {
+        "name_or_path": base.name_or_path,
+        "revision": getattr(config, "_commit_hash", None),
+        "architecture": type(base).__name__,
+        "model_type": config.model_type,
+        "num_blocks": len(blocks_of(decoder_of(base))),
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "num_labels": config.num_labels if is_classifier(base) else None,
+        "id2label": {str(k): v for k, v in config.id2label.items()} if is_classifier(base) else None,
+        "fingerprint": fingerprint(base),
+    }
+
+
+def save_adapter(base: PreTrainedModel, network: ShadowNetwork, folder: Path) -> None:
+    """Writes the three files, each complete or not at all."""
+    described = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "library_version": __version__,
+        "shadow": network.config.to_dict(),
+        "base": describe_base(base),
+        "backbone": network.backbone.config.to_dict(),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+
+    def write(staging: Path) -> None:
+        # Names sort so that the config, without which nothing loads, is moved into place before the weights.
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        (staging / CONFIG_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        if not (folder / CARD_FILE).exists():
+            (staging / CARD_FILE).write_text(model_card(described, network), encoding="utf-8")
+
+    files.write_files(folder, write)
+
+
+def load_adapter(
+    base: PreTrainedModel, adapter: str | Path, *, allow_other_weights: bool = False, **hub_options: Any
+) -> ShadowNetwork:
+    """The saved network, checked against ``base`` before anything is built.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, a tensor is missing, unknown or of another shape, or the
+            adapter belongs to another base. The message says what was expected, what was found and what to do.
+    """
+    folder = find_folder(adapter, **hub_options)
+    described = read_config(folder)
+    config = ShadowConfig.from_dict(described["shadow"])
+    check_base(base, first_block=config.first_block)
+    _check_belongs(described["base"], base, folder, allow_other_weights=allow_other_weights)
+    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    network = assemble_network(base, config, _saved_backbone(base, config, described["backbone"]))
+    _check_tensors(network.state_dict(), tensors, folder / WEIGHTS_FILE)
+    network.load_state_dict(tensors)
+    return network
+
+
+def _saved_backbone(base: PreTrainedModel, config: ShadowConfig, values: dict[str, Any]) -> PreTrainedModel:
+    values = dict(values)
+    shadow = AutoConfig.for_model(values.pop("model_type"), **values)
+    return empty_backbone(
+        shadow, keep_embeddings=not config.shares_embeddings, attention=base.config._attn_implementation
+    )
+
+
+def find_folder(adapter: str | Path, **hub_options: Any) -> Path:
+    """The folder of an adapter: a local path, or a hub name (downloaded, only the files of the format)."""
+    path = Path(adapter)
+    if path.is_dir():
+        return path
+    if path.exists() or str(adapter).startswith((".", "/", "~")):
+        raise CheckpointError(f"{adapter} is not an adapter folder; expected a folder with {CONFIG_FILE}")
+    try:
+        return Path(snapshot_download(str(adapter), allow_patterns=[CONFIG_FILE, WEIGHTS_FILE], **hub_options))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{str(adapter)!r} is neither a local folder nor an adapter that could be fetched from the hub "
+            f"({type(error).__name__}); check the name, the network, or pass a local folder"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}; is it a shadowpeft adapter folder?")
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); save the adapter again or fetch it anew") from error
+    if not isinstance(described, dict) or described.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} is not in the shadowpeft format (no \"format\": \"{FORMAT}\"); an adapter of another library has "
+            "to be converted first"
+        )
+    if described.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {described.get('format_version')!r}; this release reads {FORMAT_VERSION}: "
+            "upgrade shadowpeft"
+        )
+    _check_layout(described, path)
+    return described
+
+
+def _check_layout(described: dict[str, Any], path: Path) -> None:
+    missing = sorted(_KEYS - described.keys())
+    if missing:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}")
+    check_keys(described, _KEYS, what=str(path))
+    for part in ("shadow", "base", "backbone"):
+        if not isinstance(described[part], dict):
+            raise CheckpointError(f"{path}: {part!r} must be an object, not {type(described[part]).__name__}")
+    check_keys(described["base"], _BASE_KEYS, what=f"{path}: base")
+    if not isinstance(described["backbone"].get("model_type"), str):
+        raise CheckpointError(f"{path}: backbone lacks its model_type")
+    try:
+        ShadowConfig.from_dict(described["shadow"])
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_belongs(
+    expected: dict[str, Any], base: PreTrainedModel, folder: Path, *, allow_other_weights: bool
+) -> None:
+    found = describe_base(base)
+    for key in ("model_type", "architecture", "num_blocks", "hidden_size", "vocab_size", "num_labels"):
+        if expected.get(key) != found[key]:
+            raise CheckpointError(
+                f"the adapter in {folder} was trained on a base with {key}={expected.get(key)!r} "
+                f"({expected.get('name_or_path')!r}), but this base has {key}={found[key]!r}; load the right base"
+            )
+    differing = differing_tensors(expected.get("fingerprint") or {}, base)
+    if differing and not allow_other_weights:
+        raise CheckpointError(
+            f"the base has the right shapes but other weights than the one the adapter in {folder} was trained on "
+            f"({expected.get('name_or_path')!r}): {len(differing)} fingerprinted tensors differ, first "
+            f"{differing[0]!r}. Load that base, or pass allow_other_weights=True if the change is intended"
+        )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} holds no {path.name}; the adapter is incomplete: copy or save it again")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); copy or save the adapter again") from error
+
+
+def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} does not fit its {CONFIG_FILE}: {len(missing)} tensors are missing{_first(missing)}, "
+            f"{len(extra)} are unknown{_first(extra)}; the two files belong to different adapters, or one was edited"
+        )
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has shape {list(found[name].shape)}, expected {list(tensor.shape)} from "
+                f"{CONFIG_FILE}"
+            )
+
+
+def _first(names: list[str]) -> str:
+    return f" (first {names[0]!r})" if names else ""
+
+
+def load_base(adapter: str | Path, hub_options: dict[str, Any], **base_options: Any) -> PreTrainedModel:
+    """The base that an adapter names, with the task model it was trained on."""
+    described = read_config(find_folder(adapter, **hub_options))["base"]
+    name = described["name_or_path"]
+    if not name:
+        raise CheckpointError(f"the adapter in {adapter} does not name its base; load the base and pass it as base=")
+    if described["num_labels"] is None:
+        return AutoModelForCausalLM.from_pretrained(name, **base_options)
+    labels = {int(index): label for index, label in described["id2label"].items()}
+    options = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, "num_labels": len(labels)}
+    return AutoModelForSequenceClassification.from_pretrained(name, **options, **base_options)
+
+
+def push_adapter(base: PreTrainedModel, network: ShadowNetwork, repo_id: str, **options: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(base, network, Path(folder))
+        return upload(Path(folder), repo_id, **options)
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Uploads the three files of an adapter folder; returns the commit's address."""
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    return api.upload_folder(
+        repo_id=repo.repo_id,
+        folder_path=folder,
+        allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
+        commit_message=commit_message or "Upload ShadowPEFT adapter",
+        revision=revision,
+        create_pr=create_pr,
+    ).commit_url

@@ -1,0 +1,199 @@
+"""The two task models: causal language modelling and sequence classification."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
+
+from shadowpeft.core import ShadowConfig
+from shadowpeft.core.losses import causal_lm_loss, combine, pool_last_token, sequence_classification_loss
+from shadowpeft.model.architectures import architecture_of
+from shadowpeft.model.build import is_classifier
+from shadowpeft.model.wrapper import ShadowModel
+
+
+@dataclass
+class ShadowCausalLMOutput(CausalLMOutputWithPast):
+    """The base's output with the shadow's part.
+
+    Attributes:
+        loss: main + lambda * shadow loss (Eq. 8).
+        main_loss, shadow_loss: its two parts, unweighted and without gradient.
+        shadow_logits: [B, T, V], only with ``output_shadow_logits=True``.
+    """
+
+    main_loss: Tensor | None = None
+    shadow_loss: Tensor | None = None
+    shadow_logits: Tensor | None = None
+
+
+@dataclass
+class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
+    """As :class:`ShadowCausalLMOutput`, for sequence classification (Eq. 9); logits are [B, C]."""
+
+    main_loss: Tensor | None = None
+    shadow_loss: Tensor | None = None
+    shadow_logits: Tensor | None = None
+
+
+class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
+    """A frozen causal language model adapted by a shadow."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        adapter: str | None = None,
+        output_shadow_logits: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ShadowCausalLMOutput | tuple:
+        """One pass of base and shadow.
+
+        Args:
+            input_ids: [B, T]. Further arguments as in any causal language model of transformers.
+            labels: [B, T], -100 where there is no loss.
+            num_items_in_batch: labels of the whole optimizer step; both losses are divided by it.
+            adapter: name of the adapter for this call; ``"__base__"`` for none; default: the active one.
+            output_shadow_logits: also return the shadow head on s(0).
+        """
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **({} if position_ids is None else {"position_ids": position_ids}),
+            **kwargs,
+        )
+        network = self._chosen(adapter)
+        if network is None:
+            if labels is not None:
+                inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
+        output, initial = self._run_attached(network, use_cache=self._default_use_cache(use_cache, labels), **inputs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_logits(output.last_hidden_state[:, kept])
+        main = shadow = loss = shadow_logits = None
+        if output_shadow_logits:
+            shadow_logits = self.lm_logits(initial[:, kept])
+        if labels is not None:
+            main = causal_lm_loss(logits, labels, num_items_in_batch)
+            loss, shadow = self._with_shadow_loss(network.config, main, initial, labels, num_items_in_batch)
+        result = ShadowCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            main_loss=_plain(main),
+            shadow_loss=_plain(shadow),
+            shadow_logits=shadow_logits,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def lm_logits(self, hidden: Tensor) -> Tensor:
+        """The base's frozen head, with whatever its architecture does to logits: [B, T, d] -> [B, T, V]."""
+        head = self.base.get_output_embeddings()
+        return architecture_of(self.config).finish_logits(self.config, head(hidden))
+
+    def _with_shadow_loss(
+        self, config: ShadowConfig, main: Tensor, initial: Tensor, labels: Tensor, num_items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if config.auxiliary_loss_weight == 0:
+            return main, None
+        shadow = causal_lm_loss(self.lm_logits(initial), labels, num_items)
+        return combine(main, shadow, config.auxiliary_loss_weight), shadow
+
+
+class ShadowModelForSequenceClassification(ShadowModel):
+    """A frozen decoder with a classification head, adapted by a shadow; both heads are trained."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        adapter: str | None = None,
+        output_shadow_logits: bool = False,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> ShadowClassifierOutput | tuple:
+        """One pass; logits [B, C] are read at the last token that is not padding, on either side.
+
+        Args: as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` [B].
+        """
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **({} if position_ids is None else {"position_ids": position_ids}),
+            **kwargs,
+        )
+        network = self._chosen(adapter)
+        if network is None:
+            return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
+        output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
+        mask = self._padding_mask(input_ids, attention_mask)
+        assert network.head is not None and network.shadow_head is not None
+        dtype = network.head.weight.dtype
+        logits = network.head(pool_last_token(output.last_hidden_state, mask).to(dtype))
+        main = shadow = loss = shadow_logits = None
+        if labels is not None or output_shadow_logits:
+            shadow_logits = network.shadow_head(pool_last_token(initial, mask).to(dtype))
+        if labels is not None:
+            main = sequence_classification_loss(logits, labels, num_items_in_batch)
+            shadow = sequence_classification_loss(shadow_logits, labels, num_items_in_batch)
+            loss = combine(main, shadow, network.config.auxiliary_loss_weight)
+        result = ShadowClassifierOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=output.get("past_key_values"),
+            hidden_states=output.get("hidden_states"),
+            attentions=output.get("attentions"),
+            main_loss=_plain(main),
+            shadow_loss=_plain(shadow),
+            shadow_logits=shadow_logits if output_shadow_logits else None,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def _padding_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """[B, T] of what is not padding; without a mask, from the pad token, as transformers' own classifiers do."""
+        if attention_mask is not None and attention_mask.dim() == 2:
+            return attention_mask
+        pad = self.config.pad_token_id
+        return None if input_ids is None or pad is None else (input_ids != pad).to(torch.int64)
+
+
+def task_model_class(base: PreTrainedModel) -> type[ShadowModel]:
+    return ShadowModelForSequenceClassification if is_classifier(base) else ShadowModelForCausalLM
+
+
+def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: str = "default") -> ShadowModel:
+    """Adapts ``base`` with a fresh shadow. The base is frozen and hooked, not copied; ``unload()`` frees it again.
+
+    Raises:
+        ArchitectureError: the base is not supported.
+        ConfigError: the config does not fit it.
+        AdapterError: it already carries a shadow.
+    """
+    return task_model_class(base)(base, config, adapter_name)
+
+
+def _plain(loss: Tensor | None) -> Tensor | None:
+    return None if loss is None else loss.detach()
