@@ -88,14 +88,13 @@ def _check_sizes(shadow: PreTrainedConfig, row: Architecture) -> None:
 
 
 def build_backbone(
-    decoder_class: type[PreTrainedModel], shadow: PreTrainedConfig, *, keep_embeddings: bool, attention: str
+    decoder_class: type[PreTrainedModel], shadow: PreTrainedConfig, *, keep_embeddings: bool, base: PreTrainedModel
 ) -> PreTrainedModel:
-    """A backbone with fresh weights in fp32; without ``keep_embeddings`` the token table is never allocated."""
+    """A backbone with fresh weights in fp32 and the base's kernels; without ``keep_embeddings`` no token table is made."""
     built = copy.deepcopy(shadow)
     if not keep_embeddings:
         built.vocab_size, built.pad_token_id = 1, None
-    with torch.device(torch.get_default_device()):
-        backbone = decoder_class._from_config(built, dtype=torch.float32, attn_implementation=attention)
+    backbone = decoder_class._from_config(built, dtype=torch.float32, **_kernels(base))
     backbone.config.vocab_size, backbone.config.pad_token_id = shadow.vocab_size, shadow.pad_token_id
     if not keep_embeddings:
         remove_embeddings(backbone)
@@ -116,8 +115,16 @@ def implicit_backbone(base: PreTrainedModel, config: ShadowConfig) -> PreTrained
         type(decoder),
         implicit_config(decoder.config, config),
         keep_embeddings=not config.shares_embeddings,
-        attention=base.config._attn_implementation,
+        base=base,
     )
+
+
+def _kernels(base: PreTrainedModel) -> dict[str, str]:
+    chosen = {
+        "attn_implementation": base.config._attn_implementation,
+        "experts_implementation": base.config._experts_implementation,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
 
 
 def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_options: Any) -> PreTrainedModel:
@@ -134,17 +141,20 @@ def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_option
             f"{base.config.vocab_size}: both must use the same tokenizer"
         )
     backbone = AutoModel.from_pretrained(
-        config.shadow_model, dtype=torch.float32, attn_implementation=base.config._attn_implementation, **load_options
+        config.shadow_model,
+        dtype=torch.float32,
+        attn_implementation=base.config._attn_implementation,
+        **load_options,
     )
     if config.shares_embeddings:
         remove_embeddings(backbone)
     return backbone
 
 
-def empty_backbone(shadow: PreTrainedConfig, *, keep_embeddings: bool, attention: str) -> PreTrainedModel:
+def empty_backbone(base: PreTrainedModel, shadow: PreTrainedConfig, *, keep_embeddings: bool) -> PreTrainedModel:
     """A backbone to load saved weights into."""
     decoder_class = AutoModel._model_mapping[type(shadow)]
-    return build_backbone(decoder_class, shadow, keep_embeddings=keep_embeddings, attention=attention)
+    return build_backbone(decoder_class, shadow, keep_embeddings=keep_embeddings, base=base)
 
 
 def embedding_width(base: PreTrainedModel) -> int:

@@ -97,9 +97,7 @@ def load_adapter(
 def _saved_backbone(base: PreTrainedModel, config: ShadowConfig, values: dict[str, Any]) -> PreTrainedModel:
     values = dict(values)
     shadow = AutoConfig.for_model(values.pop("model_type"), **values)
-    return empty_backbone(
-        shadow, keep_embeddings=not config.shares_embeddings, attention=base.config._attn_implementation
-    )
+    return empty_backbone(base, shadow, keep_embeddings=not config.shares_embeddings)
 
 
 def find_folder(adapter: str | Path, **hub_options: Any) -> Path:

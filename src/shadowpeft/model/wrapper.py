@@ -1,11 +1,9 @@
 """The models that users hold: a frozen base, hooked once, and one network for every adapter."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
@@ -237,11 +235,6 @@ class ShadowModel(PreTrainedModel):
 
     def get_base_model(self) -> PreTrainedModel:
         return self.base
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs: Any) -> None:
-        """As in transformers, non-re-entrant unless asked otherwise."""
-        chosen = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=chosen, **kwargs)
 
     # ---------------------------------------------------------------- the attached pass
 
