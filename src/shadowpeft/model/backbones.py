@@ -22,12 +22,12 @@ def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedC
     row = architecture_of(base)
     shadow = copy.deepcopy(base)
     num_layers = config.shadow_num_hidden_layers
-    for name in row.per_layer:
-        if getattr(shadow, name, None) is not None:
-            setattr(shadow, name, list(getattr(shadow, name))[:num_layers])
     shadow.num_hidden_layers = num_layers
     if config.shadow_layer_types == "full":
         _use_full_attention(shadow)
+    for name in row.per_layer:
+        if getattr(shadow, name, None) is not None:
+            setattr(shadow, name, list(getattr(shadow, name))[:num_layers])
     for name, value in _sizes(row, config, base).items():
         setattr(shadow, name, value)
     shadow.tie_word_embeddings = False
@@ -36,11 +36,13 @@ def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedC
 
 
 def _use_full_attention(shadow: PreTrainedConfig) -> None:
-    """A sliding window would make the shadow's cache uncroppable and its context shorter, for one cheap layer."""
-    if getattr(shadow, "layer_types", None) is not None:
+    """Full attention in every shadow block, if the base has it anywhere.
+
+    A window would shorten the shadow's context and make its cache uncroppable, for one cheap layer. A base
+    with windows alone keeps them in its shadow, since the masks and cache lengths it prepares serve both paths.
+    """
+    if "full_attention" in (getattr(shadow, "layer_types", None) or ()):
         shadow.layer_types = ["full_attention"] * shadow.num_hidden_layers
-    elif getattr(shadow, "sliding_window", None) is not None:
-        shadow.sliding_window = None
 
 
 def _sizes(row: Architecture, config: ShadowConfig, base: PreTrainedConfig) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from shadowpeft import files
 from shadowpeft._version import __version__
@@ -19,6 +19,7 @@ from shadowpeft.core.config import check_keys
 from shadowpeft.errors import CheckpointError, ConfigError
 from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
 from shadowpeft.model.backbones import empty_backbone
+from shadowpeft.model.bases import load_model
 from shadowpeft.model.build import assemble_network, is_classifier
 from shadowpeft.model.card import model_card
 from shadowpeft.model.fingerprint import differing_tensors, fingerprint
@@ -51,8 +52,10 @@ def describe_base(base: PreTrainedModel) -> dict[str, Any]:
     }
 
 
-def save_adapter(base: PreTrainedModel, network: ShadowNetwork, folder: Path) -> None:
-    """Writes the three files, each complete or not at all."""
+def save_adapter(
+    base: PreTrainedModel, network: ShadowNetwork, folder: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Writes the three files, each complete or not at all. ``state``: the network's gathered weights, if sharded."""
     described = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -61,7 +64,8 @@ def save_adapter(base: PreTrainedModel, network: ShadowNetwork, folder: Path) ->
         "base": describe_base(base),
         "backbone": network.backbone.config.to_dict(),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    state = network.state_dict() if state is None else state
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def write(staging: Path) -> None:
         # Names sort so that the config, without which nothing loads, is moved into place before the weights.
@@ -89,9 +93,28 @@ def load_adapter(
     _check_belongs(described["base"], base, folder, allow_other_weights=allow_other_weights)
     tensors = _read_tensors(folder / WEIGHTS_FILE)
     network = assemble_network(base, config, _saved_backbone(base, config, described["backbone"]))
-    _check_tensors(network.state_dict(), tensors, folder / WEIGHTS_FILE)
-    network.load_state_dict(tensors)
+    _fill(network, tensors, folder / WEIGHTS_FILE)
     return network
+
+
+def restore_weights(network: ShadowNetwork, folder: Path) -> None:
+    """Puts the weights of a saved adapter into an existing network, as when training is resumed.
+
+    Raises:
+        CheckpointError: the folder holds another adapter's config, or a damaged file.
+    """
+    saved = ShadowConfig.from_dict(read_config(folder)["shadow"])
+    if saved != network.config:
+        changed = [key for key, value in saved.to_dict().items() if value != network.config.to_dict()[key]]
+        raise CheckpointError(
+            f"{folder} was saved with another shadow config (differs in {', '.join(changed)}); resume with the same one"
+        )
+    _fill(network, _read_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+
+
+def _fill(network: ShadowNetwork, tensors: dict[str, Tensor], path: Path) -> None:
+    _check_tensors(network.state_dict(), tensors, path)
+    network.load_state_dict(tensors)
 
 
 def _saved_backbone(base: PreTrainedModel, config: ShadowConfig, values: dict[str, Any]) -> PreTrainedModel:
@@ -208,11 +231,10 @@ def load_base(adapter: str | Path, hub_options: dict[str, Any], **base_options: 
     name = described["name_or_path"]
     if not name:
         raise CheckpointError(f"the adapter in {adapter} does not name its base; load the base and pass it as base=")
-    if described["num_labels"] is None:
-        return AutoModelForCausalLM.from_pretrained(name, **base_options)
-    labels = {int(index): label for index, label in described["id2label"].items()}
-    options = {"id2label": labels, "label2id": {v: k for k, v in labels.items()}, "num_labels": len(labels)}
-    return AutoModelForSequenceClassification.from_pretrained(name, **options, **base_options)
+    labels = None
+    if described["num_labels"] is not None:
+        labels = [described["id2label"][str(index)] for index in range(described["num_labels"])]
+    return load_model(name, labels=labels, **base_options)
 
 
 def push_adapter(base: PreTrainedModel, network: ShadowNetwork, repo_id: str, **options: Any) -> str:

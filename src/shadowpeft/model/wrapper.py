@@ -158,11 +158,18 @@ class ShadowModel(PreTrainedModel):
 
         Files appear complete or not at all. ``push_to_hub=True`` uploads the folder afterwards.
         """
-        push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-        token, message = kwargs.pop("token", None), kwargs.pop("commit_message", None)
-        checkpoint.save_adapter(self.base, self.network(adapter_name), Path(save_directory))
-        if push:
-            self._push(Path(save_directory), repo_id or Path(save_directory).name, token, message)
+        if not kwargs.get("is_main_process", True):
+            return
+        name = self.active_adapter if adapter_name is None else adapter_name
+        state = kwargs.get("state_dict")
+        if state is not None:
+            prefix = f"networks.{name}."
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        folder = Path(save_directory)
+        checkpoint.save_adapter(self.base, self.network(name), folder, state)
+        if kwargs.get("push_to_hub"):
+            options = {key: kwargs[key] for key in ("token", "commit_message") if key in kwargs}
+            checkpoint.upload(folder, kwargs.get("repo_id") or folder.name, **options)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Uploads the active adapter (``adapter_name=`` for another). Returns the commit's address."""
@@ -170,9 +177,6 @@ class ShadowModel(PreTrainedModel):
         return checkpoint.push_adapter(
             self.base, self.network(kwargs.pop("adapter_name", None)), repo_id, **options, **kwargs
         )
-
-    def _push(self, folder: Path, repo_id: str, token: str | None, message: str | None) -> None:
-        checkpoint.upload(folder, repo_id, token=token, commit_message=message)
 
     def load_adapter(
         self,

@@ -1,0 +1,199 @@
+"""The state of a call stays in the call: threads, interleaving, copies, leftovers, call forms."""
+
+import copy
+import gc
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from models import randomise, tiny_base, tiny_config, tokens
+from torch.testing import assert_close
+
+from shadowpeft import get_shadow_model
+from shadowpeft.core import ShadowRun
+from shadowpeft.errors import AdapterError
+
+
+def adapted(model_type="llama", **config):
+    model = get_shadow_model(tiny_base(model_type), tiny_config(**config))
+    randomise(model.network())
+    return model
+
+
+def with_two_adapters():
+    model = adapted()
+    model.add_adapter("second", tiny_config(r=2))
+    randomise(model.network("second"), seed=5)
+    return model
+
+
+@torch.no_grad()
+def test_concurrent_forwards_with_different_adapters_do_not_mix():
+    model = with_two_adapters()
+    jobs = [(("default", "second", "__base__")[i % 3], tokens(1, 4 + i % 5, seed=i)) for i in range(240)]
+    expected = [model(ids, adapter=name).logits for name, ids in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda job: model(job[1], adapter=job[0]).logits, jobs))
+    assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)] == [True] * 240
+
+
+@torch.no_grad()
+def test_disabling_in_one_thread_does_not_reach_another():
+    model, ids = adapted(), tokens()
+    expected = model(ids).logits
+    with model.disable_adapter(), ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(lambda: model(ids).logits).result(), expected)
+        assert not torch.equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_interleaved_decodes_are_independent():
+    model = adapted()
+    prompts = [tokens(1, 6, seed=1), tokens(1, 6, seed=2)]
+    expected = [model(ids).logits for ids in prompts]
+    caches = [model(ids[:, :3], use_cache=True).past_key_values for ids in prompts]
+    for position in range(3, 6):
+        for ids, cache, whole in zip(prompts, caches, expected, strict=True):
+            out = model(ids[:, position : position + 1], past_key_values=cache, use_cache=True)
+            assert_close(out.logits[:, 0], whole[:, position])
+
+
+def test_no_tensor_is_kept_after_a_forward(monkeypatch):
+    """With the cycle collector off: nothing but the output itself may hold the run or its state."""
+    kept = []
+    original = ShadowRun.__init__
+
+    def remember(self, network, initial):
+        original(self, network, initial)
+        kept.append(weakref.ref(initial))
+
+    monkeypatch.setattr(ShadowRun, "__init__", remember)
+    model, ids = adapted(), tokens()
+    gc.disable()
+    try:
+        model(ids, labels=ids).loss.backward()
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_deep_copy_and_a_pickle_of_the_model_work_alone():
+    model, ids = adapted(), tokens()
+    expected = model(ids).logits
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(other(ids).logits, expected)
+        with torch.no_grad():
+            other.network().injections[0].W_up.add_(1)
+        assert torch.equal(model(ids).logits, expected)
+        assert not torch.equal(other(ids).logits, expected)
+        base = other.unload()
+        assert torch.equal(base(ids).logits, tiny_base()(ids).logits)
+        assert torch.equal(model(ids).logits, expected)
+
+
+def test_positional_keyword_and_tuple_forms_agree():
+    model, ids = adapted(), tokens()
+    out = model(ids, labels=ids)
+    as_tuple = model(input_ids=ids, labels=ids, return_dict=False)
+    assert torch.equal(as_tuple[0], out.loss)
+    assert torch.equal(as_tuple[1], out.logits)
+    assert out.loss.item() == pytest.approx(out.main_loss.item() + 0.05 * out.shadow_loss.item(), rel=1e-12)
+
+
+def test_an_exception_in_a_block_leaves_nothing_behind(monkeypatch):
+    model, ids = adapted(), tokens()
+    expected = model(ids).logits
+    with monkeypatch.context() as patch:
+        patch.setattr(model.network().injections[1], "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(ids)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_reentrant_checkpointing_is_exact_or_refused():
+    from contract.test_architectures import enable_checkpointing
+
+    ids, gradients = tokens(), []
+    for reentrant in (None, True):
+        model = adapted(shadow_dropout=0.0).train()
+        if reentrant:
+            enable_checkpointing(model, use_reentrant=True)
+        try:
+            model(ids, labels=ids).loss.backward()
+        except RuntimeError as error:
+            assert "use_reentrant" in str(error)
+            return
+        gradients.append({name: p.grad for name, p in model.network().named_parameters()})
+    assert_close(gradients[1], gradients[0])
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch():
+    ids = tokens(4, 8)
+    gradients = []
+    for parts in (1, 2, 4):
+        model = adapted(shadow_dropout=0.0, auxiliary_loss_weight=0.5)
+        for part in ids.chunk(parts):
+            model(part, labels=part, num_items_in_batch=torch.tensor(4 * 7)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.network().named_parameters()})
+    assert_close(gradients[1], gradients[0])
+    assert_close(gradients[2], gradients[0])
+
+
+def test_a_bf16_base_with_an_fp32_adapter_trains_and_generates():
+    model = get_shadow_model(tiny_base(dtype=torch.bfloat16), tiny_config(adapter_dtype="float32"))
+    assert {p.dtype for p in model.network().parameters()} == {torch.float32}
+    ids = tokens()
+    model(ids, labels=ids).loss.backward()
+    assert model.network().injections[2].W_up.grad.any()
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (2, 12)
+    assert model.detach()(ids).logits.dtype == torch.float32
+
+
+def test_no_attribute_of_any_module_changes_during_a_call():
+    model, ids = adapted(), tokens()
+
+    def attributes():
+        return {name: sorted(vars(module)) for name, module in model.named_modules()}
+
+    before = attributes()
+    model(ids, labels=ids).loss.backward()
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert attributes() == before
+
+
+def test_adapters_are_added_chosen_deleted_and_refused_by_name():
+    model, ids = with_two_adapters(), tokens()
+    first, second = model(ids).logits, model(ids, adapter="second").logits
+    assert not torch.equal(first, second)
+    with model.using_adapter("second"):
+        assert torch.equal(model(ids).logits, second)
+    model.set_adapter("second")
+    assert torch.equal(model(ids).logits, second)
+    assert {n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad} == {"second"}
+    with pytest.raises(AdapterError, match="'second' is active"):
+        model.delete_adapter("second")
+    model.delete_adapter("default")
+    with pytest.raises(AdapterError, match="no adapter 'default'; there are: second"):
+        model(ids, adapter="default")
+    with pytest.raises(AdapterError, match="already an adapter"):
+        model.add_adapter("second", tiny_config())
+    with pytest.raises(AdapterError, match="reserved"):
+        model.add_adapter("__base__", tiny_config())
+
+
+def test_a_second_wrapper_on_one_base_is_refused_until_the_first_is_unloaded():
+    base = tiny_base()
+    model = get_shadow_model(base, tiny_config())
+    with pytest.raises(AdapterError, match="already carries a shadow"):
+        get_shadow_model(base, tiny_config())
+    assert get_shadow_model(model.unload(), tiny_config())(tokens()).logits.shape == (2, 9, 97)
+
+
+def test_trainable_parameters_are_printed_in_the_usual_form(capsys):
+    model = adapted()
+    trainable = model.network().num_parameters()
+    total = trainable + model.base.num_parameters()
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith(f"trainable params: {trainable:,} || all params: {total:,} ||")

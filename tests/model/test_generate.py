@@ -1,0 +1,146 @@
+"""Generation in every way users call it, against decoding without a cache."""
+
+import pytest
+import torch
+from models import randomise, tiny_base, tiny_config, tokens
+from torch.testing import assert_close
+from transformers import DynamicCache, StaticCache
+
+from shadowpeft import get_shadow_model
+from shadowpeft.errors import ConfigError
+
+NEW = 10
+KINDS = ["llama", "qwen3", "gemma3_text", "gpt2", "mistral"]
+
+
+def adapted(model_type="llama", **config):
+    model = get_shadow_model(tiny_base(model_type), tiny_config(**config))
+    randomise(model.network())
+    return model
+
+
+def run(model, ids=None, **options):
+    return model.generate(ids, max_new_tokens=NEW, min_new_tokens=NEW, **{"do_sample": False} | options)
+
+
+def make_cache(kind, model):
+    if kind == "bare dynamic":
+        return DynamicCache()
+    if kind == "dynamic":
+        return DynamicCache(config=model.config)
+    return StaticCache(config=model.config, max_cache_len=32)
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+@pytest.mark.parametrize("kind", ["bare dynamic", "dynamic", "static"])
+def test_a_cache_made_by_the_caller_serves_both_paths(model_type, kind):
+    model, ids = adapted(model_type), tokens()
+    if kind == "bare dynamic" and model_type in {"gemma3_text", "mistral"}:
+        pytest.skip("transformers itself gives a windowed base no window mask with a bare DynamicCache")
+    expected = run(model, ids, use_cache=False)
+    cache = make_cache(kind, model)
+    assert torch.equal(run(model, ids, past_key_values=cache), expected)
+    assert len(cache.layers) == 4 + 1
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_static_cache_implementation_equals_no_cache(model_type):
+    model, ids = adapted(model_type), tokens()
+    assert torch.equal(run(model, ids, cache_implementation="static"), run(model, ids, use_cache=False))
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_several_prompts_with_left_padding_equal_each_alone(model_type):
+    model = adapted(model_type)
+    prompts = [tokens(1, length, seed=length) for length in (3, 8, 5)]
+    width = max(p.shape[1] for p in prompts)
+    padded = torch.cat([torch.nn.functional.pad(p, (width - p.shape[1], 0)) for p in prompts])
+    mask = (padded != 0).long()
+    together = run(model, padded, attention_mask=mask)[:, width:]
+    for row, prompt in zip(together, prompts, strict=True):
+        assert torch.equal(row, run(model, prompt)[0, prompt.shape[1] :])
+
+
+def test_sampling_with_cache_draws_the_same_tokens_as_without():
+    model, ids = adapted(), tokens()
+    drawn = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        drawn.append(run(model, ids, do_sample=True, temperature=1.3, top_k=20, use_cache=use_cache))
+    assert torch.equal(*drawn)
+
+
+def test_several_sequences_for_one_prompt_equal_without_cache():
+    model, ids = adapted(), tokens()
+    options = {"num_beams": 4, "num_return_sequences": 3}
+    assert torch.equal(run(model, ids, **options), run(model, ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_input_embeddings_give_the_tokens_that_their_ids_give(model_type):
+    model, ids = adapted(model_type), tokens()
+    embeddings = model.get_input_embeddings()(ids)
+    assert torch.equal(run(model, inputs_embeds=embeddings), run(model, ids)[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_generation_continues_from_a_returned_cache(model_type):
+    model, ids = adapted(model_type), tokens()
+    first = run(model, ids, return_dict_in_generate=True)
+    more = torch.cat([first.sequences, tokens(2, 3, seed=9)], 1)
+    continued = run(model, more, past_key_values=first.past_key_values)
+    assert torch.equal(continued, run(model, more, use_cache=False))
+
+
+@torch.no_grad()
+def test_a_chunked_prefill_equals_one_pass():
+    model, ids = adapted("qwen3"), tokens(2, 9)
+    cache = DynamicCache(config=model.config)
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split([4, 1, 4], 1)]
+    assert_close(torch.cat(parts, 1), model(ids).logits)
+
+
+@torch.no_grad()
+def test_cropping_the_cache_takes_both_paths_back():
+    model, ids = adapted(), tokens(2, 9)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache, use_cache=True)
+    cache.crop(-4)
+    other = tokens(2, 2, seed=7)
+    out = model(other, past_key_values=cache, use_cache=True).logits
+    assert_close(out, model(torch.cat([ids[:, :5], other], 1)).logits[:, 5:])
+
+
+def test_prompt_lookup_and_assisted_decoding_equal_greedy():
+    for model_type in ("llama", "gemma3_text"):
+        model, ids = adapted(model_type), tokens(1, 9)
+        expected = run(model, ids)
+        assert torch.equal(run(model, ids, prompt_lookup_num_tokens=2), expected)
+        assert torch.equal(run(model, ids, assistant_model=model.detach()), expected)
+
+
+def test_a_cache_that_only_the_base_filled_is_refused():
+    model, ids = adapted(), tokens()
+    cache = model(ids, adapter="__base__", use_cache=True).past_key_values
+    with pytest.raises(ConfigError, match="only the base has seen"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_a_cache_of_another_model_is_refused():
+    cache = DynamicCache(config=tiny_base(num_hidden_layers=3).config)
+    with pytest.raises(ConfigError, match="3 layers; expected 4"):
+        adapted()(tokens(), past_key_values=cache, use_cache=True)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    model = adapted("qwen3").eval()
+    first, second = tokens(1, 5, seed=1), tokens(1, 4, seed=2)
+    positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
+    packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False).logits
+    assert_close(packed, torch.cat([model(first).logits, model(second).logits], 1))
+
+
+def test_a_full_graph_compiles_and_agrees():
+    model, ids = adapted(), tokens()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
