@@ -27,7 +27,8 @@ def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedC
         _use_full_attention(shadow)
     for name in row.per_layer:
         if getattr(shadow, name, None) is not None:
-            setattr(shadow, name, list(getattr(shadow, name))[:num_layers])
+            entries = list(getattr(shadow, name))
+            setattr(shadow, name, (entries + entries[-1:] * num_layers)[:num_layers])
     for name, value in _sizes(row, config, base).items():
         setattr(shadow, name, value)
     shadow.tie_word_embeddings = False

@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedModel
 
+from shadowpeft.model.architectures import decoder_of
+
 NUM_TENSORS = 24
 NUM_VALUES = 8
 # bf16 keeps 8 bits, so a cast changes a value by up to 2^-9 = 0.2 %; other weights differ by far more.
@@ -10,14 +12,14 @@ RELATIVE_TOLERANCE = 0.01
 
 
 def fingerprint(base: PreTrainedModel) -> dict[str, list[float]]:
-    """A few values of evenly spaced weight matrices, by tensor name.
+    """A few values of evenly spaced weight matrices of the decoder, by tensor name.
 
-    Survives a change of dtype and device, unlike a hash. Tensors on the meta device and quantised
+    The head is left out: a classifier's is fresh whenever the base is loaded. Survives a change of dtype and device, unlike a hash. Tensors on the meta device and quantised
     ones are left out, so that an adapter can move between a quantised base and the full one.
     """
     usable = {
         name: tensor
-        for name, tensor in sorted(base.state_dict().items())
+        for name, tensor in sorted(decoder_of(base).state_dict().items())
         if tensor.dim() >= 2 and tensor.is_floating_point() and not tensor.is_meta
     }
     names = list(usable)
@@ -33,7 +35,7 @@ def _samples(tensor: torch.Tensor) -> list[float]:
 
 def differing_tensors(expected: dict[str, list[float]], base: PreTrainedModel) -> list[str]:
     """Names of fingerprinted tensors of ``base`` that hold other values than ``expected``."""
-    state = base.state_dict()
+    state = decoder_of(base).state_dict()
     return [
         name
         for name, values in expected.items()

@@ -45,7 +45,8 @@ class ShadowModel(PreTrainedModel):
             self._register(adapter_name, build_network(base, config))
         self._handles = attach(base)
         self.post_init()
-        self.generation_config = base.generation_config
+        if self.can_generate():
+            self.generation_config = base.generation_config
         self.train(base.training)
 
     def init_weights(self) -> None:

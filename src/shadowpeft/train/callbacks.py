@@ -1,0 +1,79 @@
+"""What a person sees of a run, and what stays of it: a progress line, metrics as JSON lines, a clean stop."""
+
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class ProgressLine(TrainerCallback):
+    """A bar with loss, shadow loss, tokens a second and time left."""
+
+    def __init__(self, console: Console, *, tokens_per_step: float) -> None:
+        self._tokens_per_step = tokens_per_step
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._task = self._progress.add_task("training", total=state.max_steps, completed=state.global_step, shown="")
+        self._started, self._first_step = time.monotonic(), state.global_step
+        self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        speed = (state.global_step - self._first_step) * self._tokens_per_step / (time.monotonic() - self._started)
+        shadow = f"  shadow {float(logs['shadow_loss']):.3f}" if "shadow_loss" in logs else ""
+        shown = f"loss {float(logs['loss']):.3f}{shadow}  {speed:,.0f} tokens/s"
+        self._progress.update(self._task, shown=shown)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._progress.stop()
+
+
+class MetricLines(TrainerCallback):
+    """Appends every log of the trainer to ``metrics.jsonl``."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        with self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **(logs or {})}) + "\n")
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the run behind the current step, with a checkpoint; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._previous = signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.stopped = True
+        signal.signal(signal.SIGINT, self._previous)
+
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGINT, self._previous)

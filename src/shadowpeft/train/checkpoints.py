@@ -1,0 +1,42 @@
+"""Run folders and the checkpoints in them."""
+
+from pathlib import Path
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.files import SaveError
+from shadowpeft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+
+# What the trainer writes last; a checkpoint without one of these was cut off.
+_COMPLETE = (CONFIG_FILE, WEIGHTS_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint below ``folder``; cut-off ones are passed over."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    complete = [path for path in found if all((path / name).is_file() for name in _COMPLETE)]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def open_run_folder(folder: Path, *, resume: bool) -> Path | None:
+    """Makes the folder of a run; returns the checkpoint to resume from, if asked for and there.
+
+    Raises:
+        ConfigError: the folder holds something and ``resume`` is off, or there is nothing to resume.
+        SaveError: it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another output folder")
+    is_used = folder.is_dir() and any(folder.iterdir())
+    if is_used and not resume:
+        raise ConfigError(f"the output folder {folder} is not empty; choose another, or pass --resume to go on in it")
+    checkpoint = newest_checkpoint(folder / "checkpoints")
+    if resume and checkpoint is None:
+        raise ConfigError(f"nothing to resume in {folder}: it holds no complete checkpoint; start without --resume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise SaveError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    return checkpoint

@@ -1,0 +1,177 @@
+"""The main job: train a shadow, score base, attached and detached under the same prompts, save."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.model import ShadowModel, get_shadow_model
+from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
+from shadowpeft.train.checkpoints import open_run_folder
+from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.data import AnswerCollator, EncodingReport, encode_classification, encode_generation, load_rows
+from shadowpeft.train.tasks import TASKS, Task
+from shadowpeft.train.trainer import ShadowTrainer
+
+ADAPTER_FOLDER = "adapter"
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """Everything a run needs before its first step."""
+
+    task: Task
+    tokenizer: PreTrainedTokenizerBase
+    model: ShadowModel
+    label_names: list[str] | None
+    train_rows: list[dict[str, Any]]
+    test_rows: list[dict[str, Any]]
+    examples: list[dict[str, Any]]
+    encoding: EncodingReport
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """A finished run. ``interrupted`` runs have a checkpoint, but no adapter folder."""
+
+    prepared: Prepared
+    folder: Path
+    seconds: float
+    steps: int
+    final_loss: float | None
+    interrupted: bool
+
+
+def task_named(name: str) -> Task:
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}")
+    return TASKS[name]
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Reads data and base and builds the adapter; fails before anything is written."""
+    task = task_named(config.task)
+    source = Path(config.data) if config.data else None
+    train_rows = load_rows(task, "train", source=source, limit=config.limit_train, seed=config.seed)
+    test_rows = load_rows(task, "test", source=source, limit=config.limit_eval, seed=config.seed)
+    tokenizer = load_tokenizer(config.base)
+    labels = sorted({task.target(row) for row in train_rows}) if task.kind == "classification" else None
+    set_seed(config.seed)
+    base = load_model(config.base, labels=labels, dtype=config.dtype)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    model = get_shadow_model(base, _fitting(config, labels))
+    length = _usable_length(config, base)
+    if labels is None:
+        examples, encoding = encode_generation(task, tokenizer, train_rows, length)
+    else:
+        examples, encoding = encode_classification(task, tokenizer, train_rows, labels, length)
+    return Prepared(
+        task=task,
+        tokenizer=tokenizer,
+        model=model,
+        label_names=labels,
+        train_rows=train_rows,
+        test_rows=test_rows,
+        examples=examples,
+        encoding=encoding,
+    )
+
+
+def _fitting(config: TrainConfig, labels: list[str] | None) -> Any:
+    return config.shadow.replace(task_type="CAUSAL_LM" if labels is None else "SEQ_CLS")
+
+
+def _usable_length(config: TrainConfig, base: PreTrainedModel) -> int:
+    """The asked length, but never past the positions the base was trained on."""
+    positions = getattr(base.config, "max_position_embeddings", None)
+    return config.max_length if positions is None else min(config.max_length, positions)
+
+
+def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
+    has_gpu = torch.cuda.is_available()
+    steps = {"max_steps": config.max_steps} if config.max_steps > 0 else {"num_train_epochs": config.epochs}
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        **steps,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        gradient_checkpointing=config.gradient_checkpointing,
+        bf16=has_gpu and config.dtype == "bfloat16",
+        use_cpu=not has_gpu,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to=[] if config.report_to == "none" else config.report_to.split(","),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=has_gpu,
+    )
+
+
+def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
+    """Trains one adapter in ``config.output`` and saves it to its ``adapter`` folder.
+
+    Ctrl-C stops behind the current step with a checkpoint; the result then says ``interrupted``.
+
+    Raises:
+        ShadowPeftError: any of its kinds, before the first step; what was on disk is unchanged.
+    """
+    console = console or Console(quiet=True)
+    folder = Path(config.output)
+    checkpoint = open_run_folder(folder, resume=config.resume)
+    prepared = prepare(config)
+    _save_config(config, folder)
+    arguments = training_arguments(config, folder)
+    tokens_per_row = sum(len(example["input_ids"]) for example in prepared.examples) / len(prepared.examples)
+    stop = StopOnInterrupt()
+    trainer = ShadowTrainer(
+        prepared.model,
+        arguments,
+        train_dataset=prepared.examples,  # type: ignore[arg-type]
+        data_collator=AnswerCollator(prepared.tokenizer),
+        callbacks=[
+            stop,
+            MetricLines(folder / "metrics.jsonl"),
+            ProgressLine(
+                console, tokens_per_step=tokens_per_row * config.batch_size * config.gradient_accumulation
+            ),
+        ],
+    )
+    trainer.pop_callback(PrinterCallback)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.monotonic() - started
+    if not stop.stopped:
+        prepared.model.save_pretrained(folder / ADAPTER_FOLDER)
+        prepared.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Trained(
+        prepared=prepared,
+        folder=folder,
+        seconds=seconds,
+        steps=trainer.state.global_step,
+        final_loss=losses[-1] if losses else None,
+        interrupted=stop.stopped,
+    )
+
+
+def _save_config(config: TrainConfig, folder: Path) -> None:
+    values = dataclasses.asdict(config)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

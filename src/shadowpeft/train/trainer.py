@@ -1,0 +1,74 @@
+"""transformers' Trainer with the few lines that an adapter-only checkpoint and two losses ask for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from shadowpeft.errors import CheckpointError
+from shadowpeft.model import ShadowModel
+from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
+
+LOSS_PARTS = ("main_loss", "shadow_loss")
+
+
+class ShadowTrainer(Trainer):
+    """Logs both losses and resumes from adapter-only checkpoints; all else is transformers' Trainer.
+
+    Works for any other model too, so that LoRA and plain fine-tuning run on the same code.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._sums: dict[str, torch.Tensor] = {}
+        self._num_passes = 0
+
+    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            self._add_parts(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _add_parts(self, outputs: Any) -> None:
+        for name in LOSS_PARTS:
+            value = outputs.get(name) if hasattr(outputs, "get") else None
+            if value is not None:
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._num_passes += 1
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the mean of each part since the last log (a share of the step's loss under accumulation, so summed)."""
+        if "loss" in logs and self._num_passes:
+            steps = self._num_passes / self.args.gradient_accumulation_steps
+            for name, total in self._sums.items():
+                logs[name] = round(total.item() / max(steps, 1), 4)
+            self._sums.clear()
+            self._num_passes = 0
+        super().log(logs, *args, **kwargs)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        ignored = [*(ignore_keys or []), *LOSS_PARTS, "past_key_values"]
+        return super().prediction_step(model, inputs, prediction_loss_only, ignored)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapted = self.accelerator.unwrap_model(model or self.model)
+        if not isinstance(adapted, ShadowModel):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._restore(adapted, Path(resume_from_checkpoint))
+        return None
+
+    def _load_best_model(self) -> None:
+        adapted = self.accelerator.unwrap_model(self.model)
+        if isinstance(adapted, ShadowModel) and self.state.best_model_checkpoint:
+            self._restore(adapted, Path(self.state.best_model_checkpoint))
+        else:
+            super()._load_best_model()
+
+    def _restore(self, model: ShadowModel, folder: Path) -> None:
+        if not (folder / WEIGHTS_FILE).is_file():
+            raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}; resume from a complete checkpoint folder")
+        restore_weights(model.network(), folder)

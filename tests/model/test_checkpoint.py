@@ -1,0 +1,264 @@
+"""Saving and loading: exact, adapter only, and every kind of wrong file refused with one clear error."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from models import randomise, tiny_base, tiny_config, tokens
+from safetensors.torch import load_file, save_file
+
+from shadowpeft import ShadowModel, get_shadow_model
+from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
+from shadowpeft.files import SaveError
+from shadowpeft.model import checkpoint
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = get_shadow_model(tiny_base(), tiny_config())
+    randomise(model.network())
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", model
+
+
+def edit(folder, change):
+    described = json.loads((folder / "shadow_config.json").read_text())
+    change(described)
+    (folder / "shadow_config.json").write_text(json.dumps(described))
+
+
+def edit_tensors(folder, change):
+    tensors = load_file(folder / "shadow_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "shadow_model.safetensors")
+
+
+def load(folder, base=None, **options):
+    return ShadowModel.from_pretrained(folder, base or tiny_base(), **options)
+
+
+def test_the_adapter_folder_holds_the_adapter_and_nothing_of_the_base(saved):
+    folder, model = saved
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md",
+        "shadow_config.json",
+        "shadow_model.safetensors",
+    ]
+    tensors = load_file(folder / "shadow_model.safetensors")
+    assert sum(t.numel() for t in tensors.values()) == model.network().num_parameters()
+
+
+def test_all_variants_survive_saving_and_loading(tmp_path):
+    variants = [
+        {},
+        {"share_steps": True},
+        {"use_update": False},
+        {"first_block": 0, "update_bias": True, "update_norm": "none"},
+        {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2},
+        {"share_embeddings": False},
+        {"share_embeddings": False, "shadow_hidden_size": 16, "shadow_head_dim": 4, "shadow_num_hidden_layers": 2},
+    ]
+    for index, variant in enumerate(variants):
+        model = get_shadow_model(tiny_base(), tiny_config(**variant))
+        randomise(model.network())
+        model.save_pretrained(tmp_path / str(index))
+        assert torch.equal(load(tmp_path / str(index))(tokens()).logits, model(tokens()).logits)
+
+
+def test_an_adapter_loads_onto_the_same_base_in_another_dtype(saved):
+    folder, _ = saved
+    assert load(folder, tiny_base(dtype=torch.bfloat16))(tokens()).logits.dtype == torch.bfloat16
+
+
+def test_a_loaded_adapter_is_frozen_unless_asked_otherwise(saved):
+    folder, model = saved
+    assert load(folder).get_nb_trainable_parameters()[0] == 0
+    assert load(folder, is_trainable=True).get_nb_trainable_parameters()[0] == model.network().num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        (lambda: tiny_base(num_hidden_layers=5), "num_blocks=4 .*num_blocks=5"),
+        (lambda: tiny_base(num_hidden_layers=3), "num_blocks=4 .*num_blocks=3"),
+        (lambda: tiny_base(hidden_size=64, head_dim=16), "hidden_size=32 .*hidden_size=64"),
+        (lambda: tiny_base("qwen3"), "model_type='llama' .*model_type='qwen3'"),
+        (lambda: tiny_base(vocab_size=98), "vocab_size=97 .*vocab_size=98"),
+    ],
+)
+def test_a_base_of_another_shape_is_refused(saved, base, message):
+    with pytest.raises(CheckpointError, match=message):
+        load(saved[0], base())
+
+
+def test_other_weights_of_the_same_shape_are_refused_unless_allowed(saved):
+    base = tiny_base()
+    with torch.no_grad():
+        for parameter in base.model.layers[2].parameters():
+            parameter.mul_(-1.5)
+    with pytest.raises(CheckpointError, match="other weights than the one .*allow_other_weights=True"):
+        load(saved[0], base)
+    assert load(saved[0], base, allow_other_weights=True)(tokens()).logits.shape == (2, 9, 97)
+
+
+def test_a_failed_load_leaves_the_model_as_it_was(saved):
+    folder, model = saved
+    expected = model(tokens()).logits
+    edit_tensors(folder, lambda tensors: tensors.pop("update_norm.bias"))
+    with pytest.raises(CheckpointError, match=r"1 tensors are missing \(first 'update_norm.bias'\)"):
+        model.load_adapter(folder, "second")
+    assert list(model.networks) == ["default"]
+    assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_an_unknown_tensor_is_refused(saved):
+    edit_tensors(saved[0], lambda tensors: tensors.update(surplus=torch.zeros(1)))
+    with pytest.raises(CheckpointError, match=r"1 are unknown \(first 'surplus'\)"):
+        load(saved[0])
+
+
+def test_a_tensor_of_another_shape_is_refused(saved):
+    edit_tensors(saved[0], lambda tensors: tensors.update({"update_norm.bias": torch.zeros(7)}))
+    with pytest.raises(CheckpointError, match=r"'update_norm.bias' has shape \[7\], expected \[32\]"):
+        load(saved[0])
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, -10])
+def test_a_truncated_weight_file_is_named(saved, kept):
+    path = saved[0] / "shadow_model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"shadow_model.safetensors is damaged or cut short"):
+        load(saved[0])
+
+
+@pytest.mark.parametrize("name", ["shadow_config.json", "shadow_model.safetensors"])
+def test_a_missing_file_is_named(saved, name):
+    (saved[0] / name).unlink()
+    with pytest.raises(CheckpointError, match=f"holds no {name}"):
+        load(saved[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["shadow"].update(shadow_alfa=1), "unknown key 'shadow_alfa'.*did you mean 'shadow_alpha'"),
+        (lambda d: d["shadow"].update(r=-1), "r=-1 is not valid"),
+        (lambda d: d.update(extra=1), "unknown key 'extra'"),
+        (lambda d: d.pop("base"), "lacks base"),
+        (lambda d: d.update(format="other"), "not in the shadowpeft format"),
+        (lambda d: d.update(format_version=99), "format version 99"),
+        (lambda d: d.update(backbone=[]), "'backbone' must be an object"),
+    ],
+)
+def test_a_wrong_config_file_is_refused_and_the_key_named(saved, change, message):
+    edit(saved[0], change)
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        load(saved[0])
+
+
+def test_a_config_that_is_not_json_is_named(saved):
+    (saved[0] / "shadow_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not valid JSON"):
+        load(saved[0])
+
+
+def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub():
+    with pytest.raises(CheckpointError, match="neither a local folder nor an adapter"):
+        load("no/such-adapter")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_whole(saved, monkeypatch):
+    folder, model = saved
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    randomise(model.network(), seed=9)
+
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(SaveError, match="No space left on device; the files that were there are unchanged"):
+        model.save_pretrained(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_saving_where_a_file_is_in_the_way_is_refused(saved, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(SaveError, match="choose another folder"):
+        saved[1].save_pretrained(tmp_path / "taken")
+
+
+def test_saving_again_replaces_the_weights_and_keeps_an_edited_card(saved):
+    folder, model = saved
+    (folder / "README.md").write_text("mine")
+    randomise(model.network(), seed=9)
+    model.save_pretrained(folder)
+    assert (folder / "README.md").read_text() == "mine"
+    assert torch.equal(load(folder)(tokens()).logits, model(tokens()).logits)
+
+
+def test_the_base_is_found_by_the_name_the_adapter_carries(tmp_path):
+    tiny_base().save_pretrained(tmp_path / "base")
+    base = type(tiny_base()).from_pretrained(tmp_path / "base", dtype=torch.float64)
+    model = get_shadow_model(base, tiny_config())
+    randomise(model.network())
+    model.save_pretrained(tmp_path / "adapter")
+    alone = ShadowModel.from_pretrained(tmp_path / "adapter", dtype=torch.float64)
+    assert torch.equal(alone(tokens()).logits, model(tokens()).logits)
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ArchitectureError, match="cannot load the base"):
+        ShadowModel.from_pretrained(tmp_path / "adapter")
+
+
+def test_a_classifier_keeps_its_heads_and_label_names(tmp_path):
+    base = tiny_base(labels=3)
+    base.config.id2label = {0: "red", 1: "green", 2: "blue"}
+    model = get_shadow_model(base, tiny_config(task_type="SEQ_CLS"))
+    randomise(model.network())
+    model.save_pretrained(tmp_path)
+    described = checkpoint.read_config(tmp_path)["base"]
+    assert described["id2label"] == {"0": "red", "1": "green", "2": "blue"}
+    fresh = tiny_base(labels=3)
+    torch.nn.init.normal_(fresh.score.weight)  # as whenever a classifier is made from a language model's folder
+    loaded = load(tmp_path, fresh)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    with pytest.raises(CheckpointError, match="num_labels=3 .*num_labels=4"):
+        load(tmp_path, tiny_base(labels=4))
+    with pytest.raises(CheckpointError, match="architecture='LlamaForSequenceClassification'"):
+        load(tmp_path, tiny_base())
+
+
+def test_push_to_hub_uploads_the_three_files_and_no_more(saved, monkeypatch):
+    calls = []
+
+    class FakeApi:
+        def __init__(self, token=None):
+            calls.append(("token", token))
+
+        def create_repo(self, repo_id, **options):
+            calls.append(("create", repo_id, options))
+            return type("Repo", (), {"repo_id": "me/" + repo_id})
+
+        def upload_folder(self, *, repo_id, folder_path, allow_patterns, **options):
+            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+            return type("Commit", (), {"commit_url": "address of the commit"})
+
+    monkeypatch.setattr(checkpoint, "HfApi", FakeApi)
+    assert saved[1].push_to_hub("adapter", token="secret", private=True) == "address of the commit"
+    assert calls == [
+        ("token", "secret"),
+        ("create", "adapter", {"private": True, "exist_ok": True}),
+        ("upload", "me/adapter", ["README.md", "shadow_config.json", "shadow_model.safetensors"]),
+    ]
+
+
+def test_the_card_names_the_base_but_no_path_of_this_machine(tmp_path):
+    base = tiny_base()
+    base.name_or_path = "someone/tiny-llama"
+    model = get_shadow_model(base, tiny_config())
+    model.save_pretrained(tmp_path / "hub")
+    assert "base_model: someone/tiny-llama\nbase_model_relation: adapter" in (tmp_path / "hub/README.md").read_text()
+    base.name_or_path = str(tmp_path)
+    model.save_pretrained(tmp_path / "local")
+    assert str(tmp_path) not in (tmp_path / "local/README.md").read_text()

@@ -1,0 +1,64 @@
+import pytest
+import torch
+from models import randomise, tiny_base, tiny_config, tokens
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from shadowpeft import get_shadow_model
+from shadowpeft.errors import ConfigError
+from shadowpeft.model.architectures import ARCHITECTURES
+
+WITH_CLASSIFIER = sorted(set(ARCHITECTURES) - {"cohere", "granite", "olmo2"})  # which have none in transformers
+
+
+def adapted(model_type="llama", **config):
+    model = get_shadow_model(tiny_base(model_type, labels=3), tiny_config(task_type="SEQ_CLS", **config))
+    randomise(model.network())
+    return model
+
+
+@pytest.mark.parametrize("model_type", WITH_CLASSIFIER)
+def test_a_fresh_classifier_equals_the_base_and_a_trained_one_detaches_exactly(model_type):
+    base, ids = tiny_base(model_type, labels=3), tokens()
+    mask = torch.ones_like(ids)
+    before = base(ids, attention_mask=mask).logits
+    model = get_shadow_model(base, tiny_config(task_type="SEQ_CLS"))
+    assert_close(model(ids, attention_mask=mask).logits, before)
+    randomise(model.network())
+    out = model(ids, attention_mask=mask, output_shadow_logits=True)
+    assert not torch.allclose(out.logits, before)
+    assert_close(model.detach()(ids, attention_mask=mask).logits, out.shadow_logits)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_does_not_change_the_logits(side):
+    model, ids = adapted(), tokens(1, 6)
+    pads = (3, 0) if side == "left" else (0, 3)
+    padded = F.pad(ids, pads)
+    mask = (padded != 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=torch.ones_like(ids)).logits
+    assert_close(model(padded, attention_mask=mask, position_ids=positions).logits, expected)
+
+
+def test_the_loss_is_the_sum_of_both_heads_and_both_heads_get_gradients():
+    model, ids = adapted(auxiliary_loss_weight=0.5), tokens()
+    labels = torch.tensor([0, 2])
+    out = model(ids, attention_mask=torch.ones_like(ids), labels=labels, output_shadow_logits=True)
+    expected = F.cross_entropy(out.logits, labels) + 0.5 * F.cross_entropy(out.shadow_logits, labels)
+    assert_close(out.loss, expected)
+    out.loss.backward()
+    assert model.network().head.weight.grad.any()
+    assert model.network().shadow_head.weight.grad.any()
+
+
+def test_two_adapters_keep_heads_of_their_own():
+    model, ids = adapted(), tokens()
+    model.add_adapter("second", tiny_config(task_type="SEQ_CLS"))
+    assert model.network().head is not model.network("second").head
+    assert not torch.equal(model(ids).logits, model(ids, adapter="second").logits)
+
+
+def test_a_task_type_that_does_not_fit_the_model_is_refused():
+    with pytest.raises(ConfigError, match="task_type='CAUSAL_LM' does not fit LlamaForSequenceClassification"):
+        get_shadow_model(tiny_base(labels=3), tiny_config())
