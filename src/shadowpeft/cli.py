@@ -1,0 +1,160 @@
+"""The command line: parse, call, print."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import typer
+from rich.console import Console
+
+from shadowpeft import commands
+from shadowpeft.core import ShadowConfig
+from shadowpeft.core.config import PRESETS
+from shadowpeft.errors import ShadowPeftError
+from shadowpeft.train.config import TrainConfig, merge, read_yaml
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapt a frozen language model with a small shadow.")
+console = Console()
+
+# Set by the task, not by the user.
+_DERIVED = {"shadow", "task_type"}
+
+
+def flags_of(config_class: type, panel: str) -> list[Parameter]:
+    """One optional flag for each field of a config dataclass; unset flags stay None, so that a file can speak."""
+    hints = get_type_hints(config_class)
+    parameters = []
+    for item in fields(config_class):
+        if item.name in _DERIVED:
+            continue
+        default = None if item.default is MISSING else item.default
+        names = [f"--{item.name.replace('_', '-')}"]
+        if hints[item.name] is bool:
+            names = [f"{names[0]}/--no-{names[0][2:]}"]
+        option = typer.Option(*names, help=f"{item.metadata['help']} [default: {default}]", rich_help_panel=panel)
+        annotation = Annotated[_flag_type(hints[item.name]) | None, option]
+        parameters.append(Parameter(item.name, Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    return parameters
+
+
+def _flag_type(hint: Any) -> Any:
+    if get_origin(hint) is Literal:
+        return str
+    return next((part for part in get_args(hint) if part is not type(None)), hint)
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the flags of ``TrainConfig`` and ``ShadowConfig``, in place of its ``**flags``."""
+    own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+    flags = flags_of(TrainConfig, "Run") + flags_of(ShadowConfig, "Shadow adapter")
+    command.__signature__ = signature(command).replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+    return command
+
+
+def config_from(flags: dict[str, Any], file: Path | None = None, preset: str | None = None) -> TrainConfig:
+    """The file's values, overridden by the flags that were given."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    shadow_names = {item.name for item in fields(ShadowConfig)}
+    overrides: dict[str, Any] = {name: value for name, value in given.items() if name not in shadow_names}
+    overrides["shadow"] = {name: value for name, value in given.items() if name in shadow_names}
+    if preset is not None:
+        overrides["shadow"]["preset"] = preset
+    return TrainConfig.from_dict(merge(read_yaml(file) if file else {}, overrides))
+
+
+@app.command()
+@with_flags
+def train(
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings below")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"formulas of: {', '.join(PRESETS)} [default: paper]")] = None,
+    **flags: Any,
+) -> None:
+    """Train a shadow, score base / attached / detached, save the adapter."""
+    commands.train(config_from(flags, config, preset), console)
+
+
+@app.command("eval")
+def evaluate(
+    adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
+    task: Annotated[str, typer.Option(help="task to score on")] = "robot",
+    data: Annotated[str | None, typer.Option(help="folder or file with the data; default: the hub")] = None,
+    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
+    modes: Annotated[str, typer.Option(help="any of base,attached,detached")] = "base,attached,detached",
+    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
+    limit: Annotated[int | None, typer.Option(help="score at most this many rows")] = None,
+    batch_size: Annotated[int, typer.Option(help="rows a batch")] = 64,
+    max_length: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
+    output: Annotated[Path | None, typer.Option(help="write scores and generations to this JSON file")] = None,
+    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+) -> None:
+    """Score a saved adapter under the prompts of a task."""
+    commands.evaluate(
+        adapter,
+        console,
+        task=task,
+        data=data,
+        base=base,
+        modes=modes.split(","),
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        max_length=max_length,
+        output=output,
+        allow_other_weights=allow_other_weights,
+    )
+
+
+@app.command()
+def generate(
+    adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
+    prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
+    task: Annotated[str | None, typer.Option(help="phrase the prompts as this task does; default: as they are")] = None,
+    mode: Annotated[str, typer.Option(help="base, attached or detached")] = "attached",
+    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="nucleus of sampling")] = 1.0,
+    seed: Annotated[int, typer.Option(help="seed of sampling")] = 0,
+    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+) -> None:
+    """Answer prompts with a saved adapter."""
+    commands.generate(
+        adapter,
+        prompts,
+        console,
+        task=task,
+        mode=mode,
+        base=base,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        allow_other_weights=allow_other_weights,
+    )
+
+
+@app.command()
+def info(adapter: Annotated[str | None, typer.Argument(help="adapter folder or hub name")] = None) -> None:
+    """Describe this installation, or an adapter: its base, shape and size."""
+    commands.info(adapter, console)
+
+
+@app.command()
+@with_flags
+def demo(**flags: Any) -> None:
+    """The main job on the base and data that come with the package: minutes on two CPU cores, no network."""
+    commands.demo(flags, console)
+
+
+def main() -> None:
+    """Runs the command; bad input ends in one line on stderr and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except ShadowPeftError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)

@@ -1,0 +1,245 @@
+"""What each command does, for the command line and for scripts."""
+
+import dataclasses
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from shadowpeft._version import __version__
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.modes import parameters_in_use, score_modes
+from shadowpeft.evaluate.record import data_revision, write_record
+from shadowpeft.evaluate.score import majority_baseline
+from shadowpeft.model import ARCHITECTURES, ShadowModel
+from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.train import report as reports
+from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.data import load_rows, prompt_ids
+from shadowpeft.train.run import ADAPTER_FOLDER, Trained, task_named
+from shadowpeft.train.run import train as run_training
+from shadowpeft.train.tasks import TASKS
+
+# The main job in about three minutes on two cores; each value is explained in docs/demo.md.
+DEMO = {
+    "base": "embedded",
+    "task": "robot",
+    "output": "runs/demo",
+    "epochs": 3.0,
+    "batch_size": 32,
+    "max_length": 64,
+    "shadow": {"shadow_alpha": 1.0, "auxiliary_loss_weight": 0.5, "shadow_dropout": 0.0},
+}
+
+
+def train(config: TrainConfig, console: Console) -> dict[str, Any] | None:
+    """Trains, scores, writes ``report.json``, ``report.md`` and ``curves.png``; None if it was interrupted."""
+    trained = run_training(config, console=console)
+    _tell_encoding(trained, console)
+    if trained.interrupted:
+        console.print(
+            f"stopped at step {trained.steps}; the checkpoint is complete. Go on with: "
+            f"shadowpeft train --config {trained.folder / 'config.yaml'} --resume"
+        )
+        return None
+    report = _score_and_write(config, trained, console)
+    console.print(f"adapter: {trained.folder / ADAPTER_FOLDER}   report: {trained.folder / 'report.md'}")
+    return report
+
+
+def _tell_encoding(trained: Trained, console: Console) -> None:
+    encoding = trained.prepared.encoding
+    if encoding.num_prompts_truncated or encoding.num_targets_truncated or encoding.num_dropped:
+        console.print(
+            f"of {encoding.num_rows} training rows, {encoding.num_prompts_truncated} prompts and "
+            f"{encoding.num_targets_truncated} answers were cut to fit, {encoding.num_dropped} rows left out"
+        )
+
+
+def _score_and_write(config: TrainConfig, trained: Trained, console: Console) -> dict[str, Any]:
+    prepared = trained.prepared
+    with console.status("scoring base, attached and detached"):
+        scores = score_modes(
+            prepared.model,
+            prepared.tokenizer,
+            prepared.task,
+            prepared.test_rows,
+            label_names=prepared.label_names,
+            max_length=config.max_length,
+            batch_size=config.eval_batch_size,
+        )
+    parameters = parameters_in_use(prepared.model)
+    majority = majority_baseline(prepared.task, prepared.train_rows, prepared.test_rows)
+    report = {
+        "task": prepared.task.name,
+        "metric": next(iter(scores.values())).headline,
+        "config": config.to_dict(),
+        "train_minutes": round(trained.seconds / 60, 2),
+        "steps": trained.steps,
+        "final_loss": trained.final_loss,
+        "num_train_rows": len(prepared.train_rows),
+        "num_test_rows": len(prepared.test_rows),
+        "train_revision": data_revision(prepared.train_rows),
+        "test_revision": data_revision(prepared.test_rows),
+        "encoding": dataclasses.asdict(prepared.encoding),
+        "parameters": parameters,
+        "majority": majority,
+        "scores": {mode: dataclasses.asdict(score) for mode, score in scores.items()},
+    }
+    write_record(trained.folder / "report.json", report)
+    (trained.folder / "report.md").write_text(reports.markdown_table(report), encoding="utf-8")
+    reports.draw_curves(trained.folder / "metrics.jsonl", trained.folder / "curves.png")
+    console.print(reports.results_table(scores, parameters, majority))
+    console.print(f"trained for {report['train_minutes']} minutes, {trained.steps} steps")
+    return report
+
+
+def demo(flags: dict[str, Any], console: Console) -> dict[str, Any] | None:
+    """:func:`train` with the settings of the demonstration; ``flags`` that are not None override them."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    shadow_names = {item.name for item in dataclasses.fields(TrainConfig().shadow)}
+    settings = {**DEMO, **{name: value for name, value in given.items() if name not in shadow_names}}
+    settings["shadow"] = {**DEMO["shadow"], **{name: value for name, value in given.items() if name in shadow_names}}
+    return train(TrainConfig.from_dict(settings), console)
+
+
+def load(
+    adapter: str, *, base: str | None = None, allow_other_weights: bool = False
+) -> tuple[ShadowModel, PreTrainedTokenizerBase]:
+    """A saved adapter on its base, and the tokenizer saved with it (else the base's)."""
+    folder = checkpoints.find_folder(adapter)
+    described = checkpoints.read_config(folder)["base"]
+    name = base or described["name_or_path"]
+    loaded = None
+    if base is not None:
+        labels = [described["id2label"][str(i)] for i in range(described["num_labels"])] if described["num_labels"] else None
+        loaded = load_model(base, labels=labels)
+    model = ShadowModel.from_pretrained(folder, loaded, allow_other_weights=allow_other_weights)
+    tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else name)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def evaluate(
+    adapter: str,
+    console: Console,
+    *,
+    task: str,
+    data: str | None,
+    base: str | None,
+    modes: list[str],
+    split: str,
+    limit: int | None,
+    batch_size: int,
+    max_length: int,
+    output: Path | None,
+    allow_other_weights: bool,
+) -> None:
+    """Scores a saved adapter and prints the table."""
+    chosen = task_named(task)
+    model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
+    rows = load_rows(chosen, split, source=Path(data) if data else None, limit=limit)
+    labels = None
+    if chosen.kind == "classification":
+        labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    scores = score_modes(
+        model, tokenizer, chosen, rows, modes=modes, label_names=labels, max_length=max_length, batch_size=batch_size
+    )
+    console.print(reports.results_table(scores, parameters_in_use(model), None))
+    if output is not None:
+        payload = {mode: dataclasses.asdict(score) for mode, score in scores.items()}
+        write_record(output, {"adapter": Path(adapter).name, "task": task, "split": split, "scores": payload})
+
+
+def generate(
+    adapter: str,
+    prompts: list[str],
+    console: Console,
+    *,
+    task: str | None,
+    mode: str,
+    base: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    allow_other_weights: bool,
+) -> None:
+    """Prints one answer for each prompt."""
+    model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
+    torch.manual_seed(seed)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        **({"temperature": temperature, "top_p": top_p} if temperature > 0 else {}),
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    for prompt in prompts:
+        ids = torch.tensor([_prompt_ids(prompt, task, tokenizer)])
+        answer = _model_for(mode, model, ids, config)
+        console.print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True), markup=False)
+
+
+def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if task is None:
+        return tokenizer(prompt)["input_ids"]
+    chosen = task_named(task)
+    row = dict.fromkeys(chosen.fields, prompt)
+    return prompt_ids(chosen, tokenizer, row, 10**6)
+
+
+def _model_for(mode: str, model: ShadowModel, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    options = {"attention_mask": torch.ones_like(ids), "generation_config": config}
+    if mode == "detached":
+        return model.detach().generate(ids, **options)
+    if mode == "base":
+        with model.disable_adapter():
+            return model.generate(ids, **options)
+    if mode != "attached":
+        raise ConfigError(f"unknown mode {mode!r}; choose from base, attached, detached")
+    return model.generate(ids, **options)
+
+
+def info(adapter: str | None, console: Console) -> None:
+    """Prints this installation, or an adapter's description."""
+    table = Table(show_header=False)
+    if adapter is None:
+        for key, value in _installation().items():
+            table.add_row(key, value)
+    else:
+        for key, value in _description(checkpoints.find_folder(adapter)).items():
+            table.add_row(key, value)
+    console.print(table)
+
+
+def _installation() -> dict[str, str]:
+    return {
+        "shadowpeft": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
+        "tasks": ", ".join(sorted(TASKS)),
+        "architectures": ", ".join(sorted(ARCHITECTURES)),
+    }
+
+
+def _description(folder: Path) -> dict[str, str]:
+    described = checkpoints.read_config(folder)
+    base = described["base"]
+    size = (folder / checkpoints.WEIGHTS_FILE).stat().st_size if (folder / checkpoints.WEIGHTS_FILE).is_file() else 0
+    settings = {key: json.dumps(value) for key, value in sorted(described["shadow"].items()) if value is not None}
+    return {
+        "base": f"{base['name_or_path']} ({base['architecture']}, {base['num_blocks']} blocks of {base['hidden_size']})",
+        "weights": f"{size:,} bytes",
+        "written by": f"shadowpeft {described['library_version']}",
+        **settings,
+    }

@@ -1,0 +1,63 @@
+"""The untouched base, the attached model and the detached shadow, scored on the same rows with the same prompts."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.score import Evaluation, evaluate
+from shadowpeft.model import ShadowModel
+from shadowpeft.train.tasks import Task
+
+MODES = ("base", "attached", "detached")
+
+
+def score_modes(
+    model: ShadowModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: list[dict[str, Any]],
+    *,
+    modes: Iterable[str] = MODES,
+    label_names: list[str] | None = None,
+    max_length: int,
+    batch_size: int = 64,
+    progress: Any = None,
+) -> dict[str, Evaluation]:
+    """Scores by mode, in the order of ``modes``.
+
+    Raises:
+        ConfigError: an unknown mode.
+    """
+    modes = tuple(modes)
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
+    options = {
+        "label_names": label_names,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "progress": progress,
+    }
+    scores = {}
+    for mode in modes:
+        if mode == "base":
+            with model.disable_adapter():
+                scores[mode] = evaluate(model, tokenizer, task, rows, **options)
+        else:
+            chosen = model if mode == "attached" else model.detach()
+            scores[mode] = evaluate(chosen, tokenizer, task, rows, **options)
+    return scores
+
+
+def parameters_in_use(model: ShadowModel) -> dict[str, int]:
+    """Trained parameters at work in each mode: none, the whole network, the network without its steps."""
+    network = model.network()
+    steps = sum(
+        p.numel()
+        for part in (network.injections, network.updates, network.update_norm, network.head)
+        if part is not None
+        for p in part.parameters()
+    )
+    return {"base": 0, "attached": network.num_parameters(), "detached": network.num_parameters() - steps}
