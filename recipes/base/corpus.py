@@ -16,19 +16,19 @@ from pathlib import Path
 # source -> (file, copies seen in one epoch). Short command-like texts are repeated, because the
 # embedded base is meant for commands; newsgroup posts are plentiful and noisy.
 SOURCES = {
-    "home_commands": ("train", 4),
-    "clinc150": ("train", 4),
+    "home_commands": ("train", 3),
+    "clinc150": ("train", 3),
     "snips": ("train", 3),
     "trec": ("train", 3),
     "sst5": ("train", 2),
     "e2e": ("dev", 3),
     "gsm8k": ("train", 1),
-    "tinystories": ("all", 3),
+    "tinystories": ("all", 2),
     "tinyshakespeare": ("all", 1),
     "20news": ("train", 1),
 }
 HELD_OUT_OF_1000 = 20
-MAX_NEWS_CHARS = 900  # a few huge posts (FAQs, encoded files) would dominate otherwise
+MAX_NEWS_CHARS = 450  # a few huge posts (FAQs, encoded files) would dominate otherwise
 
 
 def rows(folder: Path, source: str) -> Iterator[dict]:

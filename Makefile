@@ -1,0 +1,33 @@
+# Two commands do everything: `make demo` runs the main job, `make test` passes the tests. Both set up .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check clean
+
+demo: $(VENV)/.package
+	$(BIN)/shadowpeft demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
+
+test: $(VENV)/.tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.tests
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+# torch first: a plain range could pull another build than the one the tests were written against.
+$(VENV)/.package: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) --editable .
+	touch $@
+
+# shadow-peft pins nothing we need; without --no-deps it would bring its training stack.
+$(VENV)/.tests: $(VENV)/.package
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps shadow-peft==0.1.1
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

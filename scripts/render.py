@@ -1,0 +1,110 @@
+"""Writes every table of README.md and docs/ from the files in results/: `python scripts/render.py [--check]`.
+
+A table stands between `<!-- result: NAME -->` and `<!-- end -->`; NAME is a key of TABLES. `--check` changes nothing
+and fails where a page does not say what its results say.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"(<!-- result: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MODES = ("base", "attached", "detached")
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def demo_table() -> str:
+    report = result("demo")
+    rows = ["| model | trainable parameters | accuracy | 95% interval | tokens/s |", "|---|---:|---:|---:|---:|"]
+    for mode in MODES:
+        score = report["scores"][mode]
+        low, high = score["interval"]
+        rows.append(
+            f"| {mode} | {report['parameters'][mode]:,} | {percent(score['metrics'][report['metric']])} "
+            f"| {percent(low)} - {percent(high)} | {score['tokens_per_second']:,.0f} |"
+        )
+    rows.append(f"| most frequent answer | 0 | {percent(report['majority'])} | | |")
+    return "\n".join([*rows, "", f"{report['num_test_rows']} test rows, {report['train_minutes']} minutes of training."])
+
+
+def tasks_table() -> str:
+    rows = [
+        "| base | task | test rows | majority | base alone | attached | detached | trainable | minutes |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name in ("home_commands", "trec", "clinc150"):
+        report = result(name)
+        scores = [percent(report["scores"][mode]["metrics"][report["metric"]]) for mode in MODES]
+        rows.append(
+            f"| {report['config']['base']} | {report['task']} | {report['num_test_rows']:,} | "
+            f"{percent(report['majority'])} | {' | '.join(scores)} | {report['parameters']['attached']:,} | "
+            f"{report['train_minutes']} |"
+        )
+    return "\n".join(rows)
+
+
+def parity_table() -> str:
+    rows = ["| peer | architectures | cases | logits | auxiliary loss | loss | gradients |", "|---|---|---:|---:|---:|---:|---:|"]
+    found = result("parity")["rows"]
+    for peer in dict.fromkeys(row["peer"] for row in found):
+        of_peer = [row for row in found if row["peer"] == peer]
+        largest = [f"{max(row[key] for row in of_peer):.0e}" for key in ("logits", "auxiliary_loss", "loss", "gradients")]
+        architectures = sorted({row["architecture"] for row in of_peer})
+        rows.append(f"| {peer} | {', '.join(architectures)} | {len(of_peer)} | {' | '.join(largest)} |")
+    return "\n".join(rows)
+
+
+def base_table() -> str:
+    report = json.loads((ROOT / "src/shadowpeft/assets/base/training_report.json").read_text(encoding="utf-8"))
+    rows = ["| held-out text | bytes | bits per byte | `xz -9` |", "|---|---:|---:|---:|"]
+    for name, score in report["held_out"].items():
+        rows.append(f"| {name} | {score['bytes']:,} | {score['bits_per_byte']} | {score['xz_bits_per_byte']} |")
+    return "\n".join(rows)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": demo_table,
+    "tasks": tasks_table,
+    "parity": parity_table,
+    "base": base_table,
+}
+
+
+def rendered(page: str) -> str:
+    return BLOCK.sub(lambda block: f"{block[1]}{TABLES[block[2]]()}\n{block[3]}", page)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    is_check = parser.parse_args().check
+    stale = []
+    for path in pages():
+        old = path.read_text(encoding="utf-8")
+        new = rendered(old)
+        if new != old:
+            stale.append(path.relative_to(ROOT))
+            if not is_check:
+                path.write_text(new, encoding="utf-8")
+    if is_check and stale:
+        sys.exit(f"not what results/ says: {', '.join(map(str, stale))}; run python scripts/render.py")
+
+
+if __name__ == "__main__":
+    main()
