@@ -119,8 +119,7 @@ def load(
     name = base or described["name_or_path"]
     loaded = None
     if base is not None:
-        labels = [described["id2label"][str(i)] for i in range(described["num_labels"])] if described["num_labels"] else None
-        loaded = load_model(base, labels=labels)
+        loaded = load_model(base, labels=checkpoints.label_names(described))
     model = ShadowModel.from_pretrained(folder, loaded, allow_other_weights=allow_other_weights)
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else name)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -148,7 +147,7 @@ def evaluate(
     rows = load_rows(chosen, split, source=Path(data) if data else None, limit=limit)
     labels = None
     if chosen.kind == "classification":
-        labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
+        labels = checkpoints.label_names(checkpoints.describe_base(model.base))
     scores = score_modes(
         model, tokenizer, chosen, rows, modes=modes, label_names=labels, max_length=max_length, batch_size=batch_size
     )
@@ -196,7 +195,7 @@ def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBas
     return prompt_ids(chosen, tokenizer, row, 10**6)
 
 
-def _model_for(mode: str, model: ShadowModel, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+def _model_for(mode: str, model: Any, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     options = {"attention_mask": torch.ones_like(ids), "generation_config": config}
     if mode == "detached":
         return model.detach().generate(ids, **options)
@@ -238,7 +237,8 @@ def _description(folder: Path) -> dict[str, str]:
     size = (folder / checkpoints.WEIGHTS_FILE).stat().st_size if (folder / checkpoints.WEIGHTS_FILE).is_file() else 0
     settings = {key: json.dumps(value) for key, value in sorted(described["shadow"].items()) if value is not None}
     return {
-        "base": f"{base['name_or_path']} ({base['architecture']}, {base['num_blocks']} blocks of {base['hidden_size']})",
+        "base": f"{base['name_or_path']} ({base['architecture']}, "
+        f"{base['num_blocks']} blocks of {base['hidden_size']})",
         "weights": f"{size:,} bytes",
         "written by": f"shadowpeft {described['library_version']}",
         **settings,

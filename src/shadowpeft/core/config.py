@@ -25,7 +25,9 @@ class ShadowConfig:
         ConfigError: a value outside its range.
     """
 
-    task_type: TaskType = _field("CAUSAL_LM", "which loss and heads: causal language model or sequence classification")
+    task_type: TaskType = _field(  # noqa: RUF009 (a plain string)
+        "CAUSAL_LM", "which loss and heads: causal language model or sequence classification"
+    )
 
     # The shadow backbone (Eq. 1)
     shadow_model: str = _field("implicit", "'implicit' (fresh weights of the base's class) or a path / hub name")
@@ -104,7 +106,7 @@ class ShadowConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
-        """The ``paper``'s formulas, those of the ``authors``' package or of Hugging Face ``peft``; see docs/equations.md."""
+        """The ``paper``'s formulas, the ``authors``' package's or Hugging Face ``peft``'s; see docs/equations.md."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})

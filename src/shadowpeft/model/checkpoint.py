@@ -37,7 +37,8 @@ _BASE_KEYS = {
 
 
 def describe_base(base: PreTrainedModel) -> dict[str, Any]:
-    config = base.config
+    """What the adapter's config records of its base."""
+    config: Any = base.config
     return {
         "name_or_path": base.name_or_path,
         "revision": getattr(config, "_commit_hash", None),
@@ -231,10 +232,14 @@ def load_base(adapter: str | Path, hub_options: dict[str, Any], **base_options: 
     name = described["name_or_path"]
     if not name:
         raise CheckpointError(f"the adapter in {adapter} does not name its base; load the base and pass it as base=")
-    labels = None
-    if described["num_labels"] is not None:
-        labels = [described["id2label"][str(index)] for index in range(described["num_labels"])]
-    return load_model(name, labels=labels, **base_options)
+    return load_model(name, labels=label_names(described), **base_options)
+
+
+def label_names(described: dict[str, Any]) -> list[str] | None:
+    """Labels in the order of the logits, from :func:`describe_base`; None for a language model."""
+    if described["num_labels"] is None:
+        return None
+    return [described["id2label"][str(index)] for index in range(described["num_labels"])]
 
 
 def push_adapter(base: PreTrainedModel, network: ShadowNetwork, repo_id: str, **options: Any) -> str:

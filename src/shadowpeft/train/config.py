@@ -43,7 +43,7 @@ class TrainConfig:
     save_every: int = _field(500, "optimizer steps between checkpoints")
     report_to: str = _field("none", "trackers, comma-separated: tensorboard, trackio, wandb, ...")
     resume: bool = _field(False, "go on from the newest complete checkpoint in the run folder")
-    shadow: ShadowConfig = _field(ShadowConfig(), "the adapter")
+    shadow: ShadowConfig = _field(ShadowConfig(), "the adapter")  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "max_length", "eval_batch_size", "log_every", "save_every"):

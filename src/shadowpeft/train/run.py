@@ -98,7 +98,9 @@ def _usable_length(config: TrainConfig, base: PreTrainedModel) -> int:
 
 def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     has_gpu = torch.cuda.is_available()
-    steps = {"max_steps": config.max_steps} if config.max_steps > 0 else {"num_train_epochs": config.epochs}
+    steps: dict[str, Any] = {"num_train_epochs": config.epochs}
+    if config.max_steps > 0:
+        steps = {"max_steps": config.max_steps}
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         **steps,
