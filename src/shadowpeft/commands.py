@@ -14,13 +14,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shadowpeft._version import __version__
 from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate import report as reports
 from shadowpeft.evaluate.modes import parameters_in_use, score_modes
 from shadowpeft.evaluate.record import data_revision, write_record
 from shadowpeft.evaluate.score import majority_baseline
 from shadowpeft.model import ARCHITECTURES, ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
-from shadowpeft.train import report as reports
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import load_rows, prompt_ids
 from shadowpeft.train.run import ADAPTER_FOLDER, Trained, task_named
