@@ -13,7 +13,7 @@ class SaveError(ShadowPeftError, OSError):
     """A folder that could not be written; what was there before is untouched."""
 
 
-def write_files(folder: Path, write: Callable[[Path], None]) -> None:
+def write_files(folder: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a temporary folder beside ``folder``, then moves every file into place.
 
     Raises:
