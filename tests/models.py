@@ -87,7 +87,8 @@ def randomise(module: torch.nn.Module, *, seed: int = 1, std: float = 0.2) -> No
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter), alpha=std)
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter), alpha=std)
 
 
 def tokens(batch: int = 2, length: int = 9, *, seed: int = 0) -> torch.Tensor:

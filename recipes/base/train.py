@@ -1,4 +1,7 @@
-"""Trains the embedded base from nothing: tokenizer, model, card. `python recipes/base/train.py --data DIR --out DIR`."""
+"""Trains the embedded base from nothing: tokenizer, model, card.
+
+`python recipes/base/train.py --data DIR --out DIR`.
+"""
 
 import argparse
 import json

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from transformers.utils.logging import disable_progress_bar
 
 from shadowpeft import commands
 from shadowpeft.core import ShadowConfig
@@ -153,8 +155,10 @@ def demo(**flags: Any) -> None:
 def main() -> None:
     """Runs the command; bad input ends in one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    disable_progress_bar()  # transformers' own, one for each file it reads; ours are shown instead
     try:
         app()
     except ShadowPeftError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        text = escape(" ".join(str(error).split()))
+        Console(stderr=True).print(f"[bold red]error:[/] {text}", highlight=False, soft_wrap=True)
         sys.exit(2)

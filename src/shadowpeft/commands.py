@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import platform
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,22 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shadowpeft._version import __version__
-from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.modes import parameters_in_use, score_modes
+from shadowpeft.core.config import require
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.evaluate import report as reports
+from shadowpeft.evaluate.bars import scoring_bars
+from shadowpeft.evaluate.modes import MODES, check_modes, parameters_in_use, score_modes
 from shadowpeft.evaluate.record import data_revision, write_record
 from shadowpeft.evaluate.score import majority_baseline
+from shadowpeft.files import write_files
 from shadowpeft.model import ARCHITECTURES, ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
-from shadowpeft.train import report as reports
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import load_rows, prompt_ids
 from shadowpeft.train.run import ADAPTER_FOLDER, Trained, task_named
 from shadowpeft.train.run import train as run_training
-from shadowpeft.train.tasks import TASKS
+from shadowpeft.train.tasks import TASKS, Task
 
 # The main job in about three minutes on two cores; each value is explained in docs/demo.md.
 DEMO = {
@@ -46,11 +51,21 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any] | None:
     if trained.interrupted:
         console.print(
             f"stopped at step {trained.steps}; the checkpoint is complete. Go on with: "
-            f"shadowpeft train --config {trained.folder / 'config.yaml'} --resume"
+            f"shadowpeft train --config {trained.folder / 'config.yaml'} --resume",
+            soft_wrap=True,
         )
         return None
-    report = _score_and_write(config, trained, console)
-    console.print(f"adapter: {trained.folder / ADAPTER_FOLDER}   report: {trained.folder / 'report.md'}")
+    try:
+        report = _score_and_write(config, trained, console)
+    except KeyboardInterrupt:
+        console.print(
+            f"stopped while scoring; the adapter is complete: {trained.folder / ADAPTER_FOLDER}. Score it with: "
+            f"shadowpeft train --config {trained.folder / 'config.yaml'} --resume",
+            soft_wrap=True,
+        )
+        raise
+    written = f"adapter: {trained.folder / ADAPTER_FOLDER}   report: {trained.folder / 'report.md'}"
+    console.print(written, soft_wrap=True)
     return report
 
 
@@ -65,7 +80,7 @@ def _tell_encoding(trained: Trained, console: Console) -> None:
 
 def _score_and_write(config: TrainConfig, trained: Trained, console: Console) -> dict[str, Any]:
     prepared = trained.prepared
-    with console.status("scoring base, attached and detached"):
+    with scoring_bars(console) as progress:
         scores = score_modes(
             prepared.model,
             prepared.tokenizer,
@@ -74,6 +89,7 @@ def _score_and_write(config: TrainConfig, trained: Trained, console: Console) ->
             label_names=prepared.label_names,
             max_length=config.max_length,
             batch_size=config.eval_batch_size,
+            progress=progress,
         )
     parameters = parameters_in_use(prepared.model)
     majority = majority_baseline(prepared.task, prepared.train_rows, prepared.test_rows)
@@ -94,11 +110,15 @@ def _score_and_write(config: TrainConfig, trained: Trained, console: Console) ->
         "scores": {mode: dataclasses.asdict(score) for mode, score in scores.items()},
     }
     write_record(trained.folder / "report.json", report)
-    (trained.folder / "report.md").write_text(reports.markdown_table(report), encoding="utf-8")
-    reports.draw_curves(trained.folder / "metrics.jsonl", trained.folder / "curves.png")
+    write_files(trained.folder, partial(_write_readable, report, trained.folder / "metrics.jsonl"))
     console.print(reports.results_table(scores, parameters, majority))
     console.print(f"trained for {report['train_minutes']} minutes, {trained.steps} steps")
     return report
+
+
+def _write_readable(report: dict[str, Any], metrics: Path, folder: Path) -> None:
+    (folder / "report.md").write_text(reports.markdown_table(report), encoding="utf-8")
+    reports.draw_curves(metrics, folder / "curves.png")
 
 
 def demo(flags: dict[str, Any], console: Console) -> dict[str, Any] | None:
@@ -119,8 +139,7 @@ def load(
     name = base or described["name_or_path"]
     loaded = None
     if base is not None:
-        labels = [described["id2label"][str(i)] for i in range(described["num_labels"])] if described["num_labels"] else None
-        loaded = load_model(base, labels=labels)
+        loaded = load_model(base, labels=checkpoints.label_names(described))
     model = ShadowModel.from_pretrained(folder, loaded, allow_other_weights=allow_other_weights)
     tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else name)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -144,18 +163,40 @@ def evaluate(
 ) -> None:
     """Scores a saved adapter and prints the table."""
     chosen = task_named(task)
-    model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
+    modes = list(check_modes(modes))
     rows = load_rows(chosen, split, source=Path(data) if data else None, limit=limit)
+    model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
+    _check_kind(chosen, model)
     labels = None
     if chosen.kind == "classification":
-        labels = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    scores = score_modes(
-        model, tokenizer, chosen, rows, modes=modes, label_names=labels, max_length=max_length, batch_size=batch_size
-    )
+        labels = checkpoints.label_names(checkpoints.describe_base(model.base))
+    with scoring_bars(console) as progress:
+        scores = score_modes(
+            model,
+            tokenizer,
+            chosen,
+            rows,
+            modes=modes,
+            label_names=labels,
+            max_length=max_length,
+            batch_size=batch_size,
+            progress=progress,
+        )
     console.print(reports.results_table(scores, parameters_in_use(model), None))
     if output is not None:
         payload = {mode: dataclasses.asdict(score) for mode, score in scores.items()}
         write_record(output, {"adapter": Path(adapter).name, "task": task, "split": split, "scores": payload})
+
+
+def _check_kind(task: Task, model: ShadowModel) -> None:
+    """Raises ConfigError where a classifier is to write, or a language model to classify."""
+    if (task.kind == "classification") != (not model.can_generate()):
+        kind = "a language model" if model.can_generate() else "a classifier"
+        writes = model.can_generate()
+        fitting = [name for name, other in sorted(TASKS.items()) if (other.kind != "classification") == writes]
+        raise ConfigError(
+            f"the adapter belongs to {kind}, which cannot answer task {task.name!r}; choose one of {', '.join(fitting)}"
+        )
 
 
 def generate(
@@ -172,8 +213,19 @@ def generate(
     seed: int,
     allow_other_weights: bool,
 ) -> None:
-    """Prints one answer for each prompt."""
+    """Prints one answer for each prompt; a classifier's answer is a label.
+
+    Raises:
+        ConfigError: a setting out of its range.
+        DataError: an empty prompt.
+    """
+    require(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
+    require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+    require(temperature >= 0, "temperature", temperature, "at least 0")
+    require(0 < top_p <= 1, "top_p", top_p, "a share above 0, up to 1")
     model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
+    if task is not None:
+        _check_kind(task_named(task), model)
     torch.manual_seed(seed)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
@@ -182,10 +234,23 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    for prompt in prompts:
-        ids = torch.tensor([_prompt_ids(prompt, task, tokenizer)])
-        answer = _model_for(mode, model, ids, config)
-        console.print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True), markup=False)
+    speaker = model.detach() if mode == "detached" else model
+    for number, prompt in enumerate(prompts, start=1):
+        ids = torch.tensor([_prompt_ids(prompt, task, tokenizer)], device=model.device)
+        if not ids.numel():
+            raise DataError(f"prompt {number} is empty; write something to answer")
+        with model.disable_adapter() if mode == "base" else nullcontext():
+            answer = _answer(speaker, tokenizer, ids, config)
+        console.print(answer, markup=False, highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, config: GenerationConfig) -> str:
+    mask = torch.ones_like(ids)
+    if not model.can_generate():
+        return model.config.id2label[int(model(ids, attention_mask=mask).logits.argmax())]
+    answer = model.generate(ids, attention_mask=mask, generation_config=config)
+    return str(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -193,19 +258,9 @@ def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBas
         return tokenizer(prompt)["input_ids"]
     chosen = task_named(task)
     row = dict.fromkeys(chosen.fields, prompt)
-    return prompt_ids(chosen, tokenizer, row, 10**6)
-
-
-def _model_for(mode: str, model: ShadowModel, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    options = {"attention_mask": torch.ones_like(ids), "generation_config": config}
-    if mode == "detached":
-        return model.detach().generate(ids, **options)
-    if mode == "base":
-        with model.disable_adapter():
-            return model.generate(ids, **options)
-    if mode != "attached":
-        raise ConfigError(f"unknown mode {mode!r}; choose from base, attached, detached")
-    return model.generate(ids, **options)
+    if chosen.kind == "choice":
+        raise ConfigError(f"task {task!r} asks with options, which a prompt does not have; leave --task out")
+    return prompt_ids(chosen, tokenizer, row)
 
 
 def info(adapter: str | None, console: Console) -> None:
@@ -238,7 +293,8 @@ def _description(folder: Path) -> dict[str, str]:
     size = (folder / checkpoints.WEIGHTS_FILE).stat().st_size if (folder / checkpoints.WEIGHTS_FILE).is_file() else 0
     settings = {key: json.dumps(value) for key, value in sorted(described["shadow"].items()) if value is not None}
     return {
-        "base": f"{base['name_or_path']} ({base['architecture']}, {base['num_blocks']} blocks of {base['hidden_size']})",
+        "base": f"{base['name_or_path']} ({base['architecture']}, "
+        f"{base['num_blocks']} blocks of {base['hidden_size']})",
         "weights": f"{size:,} bytes",
         "written by": f"shadowpeft {described['library_version']}",
         **settings,

@@ -13,7 +13,7 @@ class SaveError(ShadowPeftError, OSError):
     """A folder that could not be written; what was there before is untouched."""
 
 
-def write_files(folder: Path, write: Callable[[Path], None]) -> None:
+def write_files(folder: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a temporary folder beside ``folder``, then moves every file into place.
 
     Raises:
@@ -33,8 +33,8 @@ def write_files(folder: Path, write: Callable[[Path], None]) -> None:
         _sync(folder)
     except OSError as error:
         raise SaveError(
-            f"could not save to {folder}: {error.strerror or error}; the files that were there are unchanged. Free some "
-            "space or choose another folder"
+            f"could not save to {folder}: {error.strerror or error}; the files that were there are unchanged. "
+            "Free some space or choose another folder"
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)

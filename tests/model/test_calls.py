@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import randomise, tiny_base, tiny_config, tokens
 from torch.testing import assert_close
 
+from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.core import ShadowRun
 from shadowpeft.errors import AdapterError

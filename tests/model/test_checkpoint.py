@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from models import randomise, tiny_base, tiny_config, tokens
 from safetensors.torch import load_file, save_file
 
+from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.files import SaveError
@@ -97,7 +97,7 @@ def test_other_weights_of_the_same_shape_are_refused_unless_allowed(saved):
     with torch.no_grad():
         for parameter in base.model.layers[2].parameters():
             parameter.mul_(-1.5)
-    with pytest.raises(CheckpointError, match="other weights than the one .*allow_other_weights=True"):
+    with pytest.raises(CheckpointError, match=r"other weights than the one .*allow_other_weights=True"):
         load(saved[0], base)
     assert load(saved[0], base, allow_other_weights=True)(tokens()).logits.shape == (2, 9, 97)
 
@@ -223,7 +223,7 @@ def test_a_classifier_keeps_its_heads_and_label_names(tmp_path):
     torch.nn.init.normal_(fresh.score.weight)  # as whenever a classifier is made from a language model's folder
     loaded = load(tmp_path, fresh)
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
-    with pytest.raises(CheckpointError, match="num_labels=3 .*num_labels=4"):
+    with pytest.raises(CheckpointError, match=r"num_labels=3 .*num_labels=4"):
         load(tmp_path, tiny_base(labels=4))
     with pytest.raises(CheckpointError, match="architecture='LlamaForSequenceClassification'"):
         load(tmp_path, tiny_base())

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from models import randomise, tiny_base, tiny_config, tokens
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.architectures import ARCHITECTURES

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from models import randomise, tiny_base, tiny_config, tokens
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
 
+from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ConfigError
 

@@ -25,7 +25,9 @@ class ShadowConfig:
         ConfigError: a value outside its range.
     """
 
-    task_type: TaskType = _field("CAUSAL_LM", "which loss and heads: causal language model or sequence classification")
+    task_type: TaskType = _field(  # noqa: RUF009 (a plain string)
+        "CAUSAL_LM", "which loss and heads: causal language model or sequence classification"
+    )
 
     # The shadow backbone (Eq. 1)
     shadow_model: str = _field("implicit", "'implicit' (fresh weights of the base's class) or a path / hub name")
@@ -68,31 +70,18 @@ class ShadowConfig:
     )
 
     def __post_init__(self) -> None:
-        self._check_types()
+        check_types(self)
         for name in ("r", "update_hidden_size", "shadow_num_hidden_layers"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         for name in ("shadow_hidden_size", "shadow_num_attention_heads", "shadow_num_key_value_heads"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "None or an integer of at least 1")
+            require(value is None or value >= 1, name, value, "None or an integer of at least 1")
         for name in ("shadow_head_dim", "shadow_intermediate_size"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "None or an integer of at least 1")
-        _require(0.0 <= self.shadow_dropout < 1.0, "shadow_dropout", self.shadow_dropout, "a number in [0, 1)")
-        _require(self.auxiliary_loss_weight >= 0, "auxiliary_loss_weight", self.auxiliary_loss_weight, "at least 0")
-        _require(self.first_block >= 0, "first_block", self.first_block, "a block index of at least 0")
-
-    def _check_types(self) -> None:
-        hints = get_type_hints(type(self))
-        for item in fields(self):
-            value, hint = getattr(self, item.name), hints[item.name]
-            if get_origin(hint) is Literal:
-                _require(value in get_args(hint), item.name, value, f"one of {', '.join(map(repr, get_args(hint)))}")
-                continue
-            allowed = tuple(get_args(hint)) or (hint,)
-            allowed += (int,) if float in allowed else ()
-            is_bool_mismatch = isinstance(value, bool) and bool not in allowed
-            ok = isinstance(value, allowed) and not is_bool_mismatch
-            _require(ok, item.name, value, f"of type {' or '.join(t.__name__ for t in allowed)}")
+            require(value is None or value >= 1, name, value, "None or an integer of at least 1")
+        require(0.0 <= self.shadow_dropout < 1.0, "shadow_dropout", self.shadow_dropout, "a number in [0, 1)")
+        require(self.auxiliary_loss_weight >= 0, "auxiliary_loss_weight", self.auxiliary_loss_weight, "at least 0")
+        require(self.first_block >= 0, "first_block", self.first_block, "a block index of at least 0")
 
     @property
     def is_implicit(self) -> bool:
@@ -104,7 +93,7 @@ class ShadowConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
-        """The ``paper``'s formulas, those of the ``authors``' package or of Hugging Face ``peft``; see docs/equations.md."""
+        """The ``paper``'s formulas, the ``authors``' package's or Hugging Face ``peft``'s; see docs/equations.md."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
@@ -140,6 +129,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_types(config: Any) -> None:
+    """Refuses a config dataclass with a field whose value is not of the field's type."""
+    hints = get_type_hints(type(config))
+    for item in fields(config):
+        value, hint = getattr(config, item.name), hints[item.name]
+        if get_origin(hint) is Literal:
+            require(value in get_args(hint), item.name, value, f"one of {', '.join(map(repr, get_args(hint)))}")
+            continue
+        allowed = tuple(get_args(hint)) or (hint,)
+        allowed += (int,) if float in allowed else ()
+        is_bool_mismatch = isinstance(value, bool) and bool not in allowed
+        ok = isinstance(value, allowed) and not is_bool_mismatch
+        require(ok, item.name, value, f"of type {' or '.join(t.__name__ for t in allowed)}")
+
+
 def check_keys(values: dict[str, Any], known: set[str], *, what: str) -> None:
     """Refuses keys outside ``known``, suggesting the nearest one."""
     for key in values:
@@ -149,6 +153,7 @@ def check_keys(values: dict[str, Any], known: set[str], *, what: str) -> None:
             raise ConfigError(f"unknown key {key!r} in {what}{hint}")
 
 
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+def require(condition: bool, name: str, value: Any, expected: str) -> None:
+    """Raises ConfigError for a field whose value does not meet a condition."""
     if not condition:
         raise ConfigError(f"{name}={value!r} is not valid: expected {expected}")

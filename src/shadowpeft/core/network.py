@@ -1,5 +1,7 @@
 """The module that owns every trained weight of one adapter."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,9 @@ class ShadowNetwork(nn.Module):
         head, shadow_head: the two trained classification heads (Eq. 9), else None.
     """
 
+    # A decoder of transformers, which this folder knows nothing of.
+    backbone: Any
+
     def __init__(
         self,
         config: ShadowConfig,
@@ -46,8 +51,11 @@ class ShadowNetwork(nn.Module):
         self.num_blocks = num_blocks
         self.backbone = backbone
         self.projection = nn.Linear(backbone_width, width, bias=False) if backbone_width != width else None
-        needs_in = embedding_width is not None and embedding_width != backbone_width
-        self.embedding_projection = nn.Linear(embedding_width, backbone_width, bias=False) if needs_in else None
+        self.embedding_projection = (
+            nn.Linear(embedding_width, backbone_width, bias=False)
+            if embedding_width is not None and embedding_width != backbone_width
+            else None
+        )
         num_steps = num_blocks - config.first_block
         self.injections = nn.ModuleList(Injection(width, config) for _ in range(self._copies(num_steps)))
         # No update behind the last block: its result would feed nothing and never receive a gradient.

@@ -49,7 +49,7 @@ def update(s: Tensor, g: Tensor, t: Tensor) -> Tensor:
 
 
 class Injection(nn.Module):
-    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: the base is untouched at first."""
+    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: at first nothing changes."""
 
     def __init__(self, width: int, config: ShadowConfig) -> None:
         super().__init__()
@@ -106,8 +106,8 @@ class Update(nn.Module):
         dropout = config.shadow_dropout if self.training and config.transform_dropout else 0.0
         z, state = z.to(self.W_T1.dtype), s.to(self.W_T1.dtype)
         if config.update_bias:
-            t = F.dropout(act(z @ self.W_T1 + self.b_T1), dropout) @ self.W_T2 + self.b_T2
-            g = torch.sigmoid(act(z @ self.W_G1 + self.b_G1) @ self.W_G2 + self.b_G2)
+            t = F.dropout(act(z @ self.W_T1 + self.b_T1), dropout) @ self.W_T2 + self.b_T2  # type: ignore[operator]
+            g = torch.sigmoid(act(z @ self.W_G1 + self.b_G1) @ self.W_G2 + self.b_G2)  # type: ignore[operator]
         else:
             t = transform(z, self.W_T1, self.W_T2, act=act, dropout=dropout)
             g = gate(z, self.W_G1, self.W_G2, act=act)

@@ -1,6 +1,7 @@
 """The untouched base, the attached model and the detached shadow, scored on the same rows with the same prompts."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -23,32 +24,41 @@ def score_modes(
     label_names: list[str] | None = None,
     max_length: int,
     batch_size: int = 64,
-    progress: Any = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Evaluation]:
     """Scores by mode, in the order of ``modes``.
+
+    Args:
+        progress: called with (mode, prompts done, prompts in all) after every batch.
 
     Raises:
         ConfigError: an unknown mode.
     """
-    modes = tuple(modes)
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
-    options = {
-        "label_names": label_names,
-        "max_length": max_length,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
+    modes = check_modes(modes)
+    options: dict[str, Any] = {"label_names": label_names, "max_length": max_length, "batch_size": batch_size}
     scores = {}
     for mode in modes:
+        told = None if progress is None else partial(progress, mode)
         if mode == "base":
             with model.disable_adapter():
-                scores[mode] = evaluate(model, tokenizer, task, rows, **options)
+                scores[mode] = evaluate(model, tokenizer, task, rows, progress=told, **options)
         else:
             chosen = model if mode == "attached" else model.detach()
-            scores[mode] = evaluate(chosen, tokenizer, task, rows, **options)
+            scores[mode] = evaluate(chosen, tokenizer, task, rows, progress=told, **options)
     return scores
+
+
+def check_modes(modes: Iterable[str]) -> tuple[str, ...]:
+    """The modes, if each is known and there is one at least.
+
+    Raises:
+        ConfigError: otherwise.
+    """
+    modes = tuple(modes)
+    for mode in modes or ("",):
+        if mode not in MODES:
+            raise ConfigError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
+    return modes
 
 
 def parameters_in_use(model: ShadowModel) -> dict[str, int]:

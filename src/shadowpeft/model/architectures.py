@@ -99,7 +99,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     """The decoder stack (with final norm) inside a task model."""
-    return model.base_model
+    return model.base_model  # type: ignore[return-value]
 
 
 def blocks_of(decoder: PreTrainedModel) -> nn.ModuleList:

@@ -5,7 +5,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.core import ShadowConfig
@@ -93,7 +92,7 @@ def _check_sizes(shadow: PreTrainedConfig, row: Architecture) -> None:
 def build_backbone(
     decoder_class: type[PreTrainedModel], shadow: PreTrainedConfig, *, keep_embeddings: bool, base: PreTrainedModel
 ) -> PreTrainedModel:
-    """A backbone with fresh weights in fp32 and the base's kernels; without ``keep_embeddings`` no token table is made."""
+    """A backbone with fresh fp32 weights and the base's kernels; without ``keep_embeddings`` it has no token table."""
     built = copy.deepcopy(shadow)
     if not keep_embeddings:
         built.vocab_size, built.pad_token_id = 1, None
@@ -156,11 +155,12 @@ def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_option
 
 def empty_backbone(base: PreTrainedModel, shadow: PreTrainedConfig, *, keep_embeddings: bool) -> PreTrainedModel:
     """A backbone to load saved weights into."""
-    decoder_class = AutoModel._model_mapping[type(shadow)]
+    decoder_class: Any = AutoModel._model_mapping[type(shadow)]
     return build_backbone(decoder_class, shadow, keep_embeddings=keep_embeddings, base=base)
 
 
 def embedding_width(base: PreTrainedModel) -> int:
-    return base.get_input_embeddings().weight.shape[1]
+    table: Any = base.get_input_embeddings()
+    return table.weight.shape[1]
 
 

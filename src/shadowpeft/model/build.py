@@ -51,10 +51,11 @@ def assemble_network(base: PreTrainedModel, config: ShadowConfig, backbone: PreT
 
 def copy_head(base: PreTrainedModel, network: ShadowNetwork) -> None:
     """Both trained heads start as copies of the base's, so the adapted model starts equal to the base."""
+    score: Any = base.score
     for head in (network.head, network.shadow_head):
         assert isinstance(head, nn.Linear)
         if not head.weight.is_meta:
-            head.load_state_dict(copy.deepcopy(base.score.state_dict()))
+            head.load_state_dict(copy.deepcopy(score.state_dict()))
 
 
 def set_trainable(network: ShadowNetwork, trainable: bool) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -23,13 +22,12 @@ from shadowpeft.model.bases import load_model
 from shadowpeft.model.build import assemble_network, is_classifier
 from shadowpeft.model.card import model_card
 from shadowpeft.model.fingerprint import differing_tensors, fingerprint
+from shadowpeft.model.tensors import CONFIG_FILE, DIGEST, WEIGHTS_FILE, check_tensors, read_tensors, weights_digest
 
-CONFIG_FILE = "shadow_config.json"
-WEIGHTS_FILE = "shadow_model.safetensors"
 CARD_FILE = "README.md"
 FORMAT = "shadowpeft"
 FORMAT_VERSION = 1
-_KEYS = {"format", "format_version", "library_version", "shadow", "base", "backbone"}
+_KEYS = {"format", "format_version", "library_version", "shadow", "base", "backbone", DIGEST}
 _BASE_KEYS = {
     "name_or_path", "revision", "architecture", "model_type", "num_blocks", "hidden_size", "vocab_size", "num_labels",
     "id2label", "fingerprint",
@@ -37,7 +35,8 @@ _BASE_KEYS = {
 
 
 def describe_base(base: PreTrainedModel) -> dict[str, Any]:
-    config = base.config
+    """What the adapter's config records of its base."""
+    config: Any = base.config
     return {
         "name_or_path": base.name_or_path,
         "revision": getattr(config, "_commit_hash", None),
@@ -56,6 +55,9 @@ def save_adapter(
     base: PreTrainedModel, network: ShadowNetwork, folder: Path, state: dict[str, Tensor] | None = None
 ) -> None:
     """Writes the three files, each complete or not at all. ``state``: the network's gathered weights, if sharded."""
+    state = network.state_dict() if state is None else state
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    digest = weights_digest(tensors)
     described = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -63,13 +65,12 @@ def save_adapter(
         "shadow": network.config.to_dict(),
         "base": describe_base(base),
         "backbone": network.backbone.config.to_dict(),
+        DIGEST: digest,
     }
-    state = network.state_dict() if state is None else state
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
 
     def write(staging: Path) -> None:
         # Names sort so that the config, without which nothing loads, is moved into place before the weights.
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt", DIGEST: digest})
         (staging / CONFIG_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if not (folder / CARD_FILE).exists():
             (staging / CARD_FILE).write_text(model_card(described, network), encoding="utf-8")
@@ -91,7 +92,7 @@ def load_adapter(
     config = ShadowConfig.from_dict(described["shadow"])
     check_base(base, first_block=config.first_block)
     _check_belongs(described["base"], base, folder, allow_other_weights=allow_other_weights)
-    tensors = _read_tensors(folder / WEIGHTS_FILE)
+    tensors = read_tensors(folder / WEIGHTS_FILE, described[DIGEST])
     network = assemble_network(base, config, _saved_backbone(base, config, described["backbone"]))
     _fill(network, tensors, folder / WEIGHTS_FILE)
     return network
@@ -103,17 +104,18 @@ def restore_weights(network: ShadowNetwork, folder: Path) -> None:
     Raises:
         CheckpointError: the folder holds another adapter's config, or a damaged file.
     """
-    saved = ShadowConfig.from_dict(read_config(folder)["shadow"])
+    described = read_config(folder)
+    saved = ShadowConfig.from_dict(described["shadow"])
     if saved != network.config:
         changed = [key for key, value in saved.to_dict().items() if value != network.config.to_dict()[key]]
         raise CheckpointError(
             f"{folder} was saved with another shadow config (differs in {', '.join(changed)}); resume with the same one"
         )
-    _fill(network, _read_tensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
+    _fill(network, read_tensors(folder / WEIGHTS_FILE, described[DIGEST]), folder / WEIGHTS_FILE)
 
 
 def _fill(network: ShadowNetwork, tensors: dict[str, Tensor], path: Path) -> None:
-    _check_tensors(network.state_dict(), tensors, path)
+    check_tensors(network.state_dict(), tensors, path)
     network.load_state_dict(tensors)
 
 
@@ -197,44 +199,20 @@ def _check_belongs(
         )
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}; the adapter is incomplete: copy or save it again")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); copy or save the adapter again") from error
-
-
-def _check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"{path} does not fit its {CONFIG_FILE}: {len(missing)} tensors are missing{_first(missing)}, "
-            f"{len(extra)} are unknown{_first(extra)}; the two files belong to different adapters, or one was edited"
-        )
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {list(found[name].shape)}, expected {list(tensor.shape)} from "
-                f"{CONFIG_FILE}"
-            )
-
-
-def _first(names: list[str]) -> str:
-    return f" (first {names[0]!r})" if names else ""
-
-
 def load_base(adapter: str | Path, hub_options: dict[str, Any], **base_options: Any) -> PreTrainedModel:
     """The base that an adapter names, with the task model it was trained on."""
     described = read_config(find_folder(adapter, **hub_options))["base"]
     name = described["name_or_path"]
     if not name:
         raise CheckpointError(f"the adapter in {adapter} does not name its base; load the base and pass it as base=")
-    labels = None
-    if described["num_labels"] is not None:
-        labels = [described["id2label"][str(index)] for index in range(described["num_labels"])]
-    return load_model(name, labels=labels, **base_options)
+    return load_model(name, labels=label_names(described), **base_options)
+
+
+def label_names(described: dict[str, Any]) -> list[str] | None:
+    """Labels in the order of the logits, from :func:`describe_base`; None for a language model."""
+    if described["num_labels"] is None:
+        return None
+    return [described["id2label"][str(index)] for index in range(described["num_labels"])]
 
 
 def push_adapter(base: PreTrainedModel, network: ShadowNetwork, repo_id: str, **options: Any) -> str:

@@ -1,6 +1,7 @@
 """The stand-alone shadow as an ordinary model: ``head(proj(f_shadow(x)))`` with every projection folded away."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,12 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
     _check_same_finish(base.config, network.backbone.config)
     config = copy.deepcopy(network.backbone.config)
     head = _head(base, network)
-    shared = base.get_input_embeddings()
+    shared: Any = base.get_input_embeddings()
     config.tie_word_embeddings = network.config.shares_embeddings and head.weight is shared.weight
     if is_classifier(base):
         config.id2label, config.label2id = base.config.id2label, base.config.label2id
     with torch.device("meta"):
-        detached = _task_class(base, config)(config)
+        detached: Any = _task_class(base, config)(config)
     # Copied: the detached model must not change when the adapter is trained on.
     backbone = copy.deepcopy(network.backbone).requires_grad_(False)
     if network.config.shares_embeddings:
@@ -42,7 +43,7 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
     return detached.eval()
 
 
-def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> Any:
     if type(base.config) is type(config):
         return type(base)
     auto = AutoModelForSequenceClassification if is_classifier(base) else AutoModelForCausalLM
@@ -52,12 +53,12 @@ def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrai
 def _check_same_finish(base: PreTrainedConfig, shadow: PreTrainedConfig) -> None:
     if architecture_of(base).finish_logits is not architecture_of(shadow).finish_logits:
         raise ArchitectureError(
-            f"a {base.model_type} head scales or caps its logits in a way that a {shadow.model_type} model does not, so "
-            "this shadow cannot become an ordinary model; use it attached"
+            f"a {base.model_type} head scales or caps its logits in a way that a {shadow.model_type} model does not, "
+            "so this shadow cannot become an ordinary model; use it attached"
         )
 
 
-def _embedding(shared: nn.Embedding, network: ShadowNetwork, *, template: nn.Embedding) -> nn.Embedding:
+def _embedding(shared: nn.Embedding, network: ShadowNetwork, *, template: Any) -> nn.Embedding:
     """The base's token table, or that table seen through W_in, as a module of the detached model's own class."""
     if network.embedding_projection is None:
         return shared if shared.weight.dtype == network.dtype else copy.deepcopy(shared).to(network.dtype)

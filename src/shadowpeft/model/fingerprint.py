@@ -14,8 +14,9 @@ RELATIVE_TOLERANCE = 0.01
 def fingerprint(base: PreTrainedModel) -> dict[str, list[float]]:
     """A few values of evenly spaced weight matrices of the decoder, by tensor name.
 
-    The head is left out: a classifier's is fresh whenever the base is loaded. Survives a change of dtype and device, unlike a hash. Tensors on the meta device and quantised
-    ones are left out, so that an adapter can move between a quantised base and the full one.
+    The head is left out: a classifier's is fresh whenever the base is loaded. Survives a change of dtype and
+    device, unlike a hash. Tensors on the meta device and quantised ones are left out, so that an adapter can
+    move between a quantised base and the full one.
     """
     usable = {
         name: tensor

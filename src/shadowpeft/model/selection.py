@@ -33,5 +33,5 @@ def _count(change: int) -> None:
 
 
 def override_for(model: object) -> str | None:
-    """The adapter chosen by a ``with`` block around this call, if any; inside a compiled graph pass ``adapter=`` instead."""
+    """The adapter chosen by a ``with`` block around this call, if any; compiled graphs need ``adapter=`` instead."""
     return _overrides.get().get(id(model)) if _num_open_blocks else None

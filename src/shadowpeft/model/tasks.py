@@ -67,7 +67,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             adapter: name of the adapter for this call; ``"__base__"`` for none; default: the active one.
             output_shadow_logits: also return the shadow head on s(0).
         """
-        inputs = dict(
+        inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -103,7 +103,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """The base's frozen head, with whatever its architecture does to logits: [B, T, d] -> [B, T, V]."""
-        head = self.base.get_output_embeddings()
+        head: Any = self.base.get_output_embeddings()
         return architecture_of(self.config).finish_logits(self.config, head(hidden))
 
     def _with_shadow_loss(
@@ -137,7 +137,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
 
         Args: as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` [B].
         """
-        inputs = dict(
+        inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -157,6 +157,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
         if labels is not None or output_shadow_logits:
             shadow_logits = network.shadow_head(pool_last_token(initial, mask).to(dtype))
         if labels is not None:
+            assert shadow_logits is not None
             main = sequence_classification_loss(logits, labels, num_items_in_batch)
             shadow = sequence_classification_loss(shadow_logits, labels, num_items_in_batch)
             loss = combine(main, shadow, network.config.auxiliary_loss_weight)

@@ -35,7 +35,9 @@ class ShadowModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def __init__(self, base: PreTrainedModel, config: ShadowConfig | None = None, adapter_name: str = "default") -> None:
+    def __init__(
+        self, base: PreTrainedModel, config: ShadowConfig | None = None, adapter_name: str = "default"
+    ) -> None:
         check_base(base, first_block=0)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
@@ -60,7 +62,7 @@ class ShadowModel(PreTrainedModel):
 
     # ---------------------------------------------------------------- adapters
 
-    def add_adapter(self, adapter_name: str, config: ShadowConfig) -> None:
+    def add_adapter(self, adapter_name: str, config: ShadowConfig) -> None:  # type: ignore[override]
         """Adds a fresh adapter and leaves the active one as it is.
 
         Raises:
@@ -79,14 +81,14 @@ class ShadowModel(PreTrainedModel):
         if adapter_name == BASE or "." in adapter_name or not adapter_name:
             raise AdapterError(f"{adapter_name!r} cannot name an adapter: it is empty, reserved or holds a dot")
 
-    def set_adapter(self, adapter_name: str) -> None:
+    def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
         """Makes an adapter the one that calls use and that is trained; the others are frozen."""
         self.network(adapter_name)
         self.active_adapter = adapter_name
-        for name, network in self.networks.items():
-            set_trainable(network, name == adapter_name)
+        for name in self.networks:
+            set_trainable(self.network(name), name == adapter_name)
 
-    def delete_adapter(self, adapter_name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
         """Removes an adapter.
 
         Raises:
@@ -154,7 +156,9 @@ class ShadowModel(PreTrainedModel):
 
     # ---------------------------------------------------------------- saving and loading
 
-    def save_pretrained(self, save_directory: str | Path, *, adapter_name: str | None = None, **kwargs: Any) -> None:
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: str | Path, *, adapter_name: str | None = None, **kwargs: Any
+    ) -> None:
         """Writes the adapter only: ``shadow_config.json``, ``shadow_model.safetensors`` and a model card.
 
         Files appear complete or not at all. ``push_to_hub=True`` uploads the folder afterwards.
@@ -172,14 +176,14 @@ class ShadowModel(PreTrainedModel):
             options = {key: kwargs[key] for key in ("token", "commit_message") if key in kwargs}
             checkpoint.upload(folder, kwargs.get("repo_id") or folder.name, **options)
 
-    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Uploads the active adapter (``adapter_name=`` for another). Returns the commit's address."""
         options = {name: kwargs.pop(name, None) for name in ("token", "commit_message")}
         return checkpoint.push_adapter(
             self.base, self.network(kwargs.pop("adapter_name", None)), repo_id, **options, **kwargs
         )
 
-    def load_adapter(
+    def load_adapter(  # type: ignore[override]
         self,
         adapter_path: str | Path,
         adapter_name: str = "default",
@@ -289,9 +293,10 @@ class ShadowModel(PreTrainedModel):
         if inputs_embeds is None:
             hidden = backbone(input_ids=input_ids, **kwargs).last_hidden_state
         else:
+            embeds = inputs_embeds.to(network.dtype)
             if network.embedding_projection is not None:
-                inputs_embeds = network.embedding_projection(inputs_embeds.to(network.dtype))
-            hidden = backbone(inputs_embeds=inputs_embeds.to(network.dtype), **kwargs).last_hidden_state
+                embeds = network.embedding_projection(embeds)
+            hidden = backbone(inputs_embeds=embeds, **kwargs).last_hidden_state
         return network.project(hidden).to(self.base.dtype)
 
     def _default_use_cache(self, use_cache: bool | None, labels: Tensor | None) -> bool:

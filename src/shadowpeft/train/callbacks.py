@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from shadowpeft.files import write_files
+
 
 class ProgressLine(TrainerCallback):
     """A bar with loss, shadow loss, tokens a second and time left."""
@@ -51,11 +53,27 @@ class MetricLines(TrainerCallback):
     def __init__(self, path: Path) -> None:
         self._path = path
 
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """A resumed run takes the lines behind its checkpoint out: those steps are run again."""
+        if state.is_world_process_zero and self._path.is_file():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            text = "".join(f"{line}\n" for line in lines if is_kept(line, state.global_step))
+            write_files(self._path.parent, lambda staging: (staging / self._path.name).write_text(text, "utf-8"))
+
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         with self._path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **(logs or {})}) + "\n")
+
+
+def is_kept(line: str, step: int) -> bool:
+    """Whether a metrics line is whole, not past ``step`` and not the summary of an ended run."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return False
+    return entry["step"] <= step and "train_runtime" not in entry
 
 
 class StopOnInterrupt(TrainerCallback):

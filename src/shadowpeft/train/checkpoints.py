@@ -1,9 +1,9 @@
 """Run folders and the checkpoints in them."""
 
+import json
 from pathlib import Path
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.files import SaveError
 from shadowpeft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 # What the trainer writes last; a checkpoint without one of these was cut off.
@@ -13,16 +13,23 @@ _COMPLETE = (CONFIG_FILE, WEIGHTS_FILE, "optimizer.pt", "scheduler.pt", "trainer
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint below ``folder``; cut-off ones are passed over."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    complete = [path for path in found if all((path / name).is_file() for name in _COMPLETE)]
+    complete = [path for path in found if all((path / name).is_file() for name in _COMPLETE) and _is_json(path)]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def open_run_folder(folder: Path, *, resume: bool) -> Path | None:
-    """Makes the folder of a run; returns the checkpoint to resume from, if asked for and there.
+def _is_json(checkpoint: Path) -> bool:
+    """Whether the trainer's state, which it writes last, is there to its end."""
+    try:
+        return isinstance(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
+
+
+def check_run_folder(folder: Path, *, resume: bool) -> Path | None:
+    """Whether a run may write here; returns the checkpoint to resume from, if asked for. Changes nothing.
 
     Raises:
         ConfigError: the folder holds something and ``resume`` is off, or there is nothing to resume.
-        SaveError: it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; choose another output folder")
@@ -32,11 +39,4 @@ def open_run_folder(folder: Path, *, resume: bool) -> Path | None:
     checkpoint = newest_checkpoint(folder / "checkpoints")
     if resume and checkpoint is None:
         raise ConfigError(f"nothing to resume in {folder}: it holds no complete checkpoint; start without --resume")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise SaveError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
     return checkpoint

@@ -1,5 +1,6 @@
 """The settings of one training run; command line, YAML file and Python share these fields."""
 
+import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,12 @@ from typing import Any
 import yaml
 
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.config import check_keys
+from shadowpeft.core.config import check_keys, check_types, require
 from shadowpeft.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+# Of transformers' schedules, those that need no arguments of their own.
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt")
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -43,24 +48,31 @@ class TrainConfig:
     save_every: int = _field(500, "optimizer steps between checkpoints")
     report_to: str = _field("none", "trackers, comma-separated: tensorboard, trackio, wandb, ...")
     resume: bool = _field(False, "go on from the newest complete checkpoint in the run folder")
-    shadow: ShadowConfig = _field(ShadowConfig(), "the adapter")
+    shadow: ShadowConfig = _field(ShadowConfig(), "the adapter")  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("batch_size", "gradient_accumulation", "max_length", "eval_batch_size", "log_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not valid: expected an integer of at least 1")
-        if self.epochs <= 0 and self.max_steps <= 0:
-            raise ConfigError(f"epochs={self.epochs!r} is not valid: expected more than 0")
-        if self.learning_rate <= 0:
-            raise ConfigError(f"learning_rate={self.learning_rate!r} is not valid: expected more than 0")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("limit_train", "limit_eval"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, name, value, "None or an integer of at least 1")
+        require(self.epochs > 0 or self.max_steps > 0, "epochs", self.epochs, "more than 0")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        require(0 <= self.warmup < 1, "warmup", self.warmup, "a share in [0, 1)")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        require(self.clip > 0, "clip", self.clip, "more than 0")
+        require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "an integer from 0 to 2^32 - 1")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
         check_keys(values, {item.name for item in fields(cls)}, what="training config")
         values = dict(values)
         shadow = values.get("shadow", {})
-        if isinstance(shadow, dict):
-            shadow = dict(shadow)
+        if not isinstance(shadow, ShadowConfig):
+            shadow = dict(_mapping(shadow, "shadow"))
             preset = shadow.pop("preset", "paper")
             values["shadow"] = ShadowConfig.preset(preset, **shadow)
         return cls(**values)
@@ -82,15 +94,32 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"no config file at {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return _mapping(values, str(path))
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-3`` as a number, as YAML 1.2 does; PyYAML follows 1.1, where it is a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    """Named values; None (an empty file or section) is none of them."""
+    if values is None:
+        return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold `key: value` lines, not a {type(values).__name__}")
+        raise ConfigError(f"{where} must hold `key: value` lines, not a {type(values).__name__}: {values!r}")
     return values
 
 
 def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with those of ``overrides`` in their place; the adapter's fields are merged one by one."""
     merged = {**values, **{key: value for key, value in overrides.items() if key != "shadow"}}
-    shadow = {**(values.get("shadow") or {}), **(overrides.get("shadow") or {})}
+    shadow = {**_mapping(values.get("shadow"), "shadow"), **_mapping(overrides.get("shadow"), "shadow")}
     return {**merged, "shadow": shadow} if shadow else merged

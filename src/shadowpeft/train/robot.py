@@ -9,6 +9,7 @@ import json
 import random
 import re
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import cycle, islice, product
 from pathlib import Path
 
@@ -43,11 +44,12 @@ def write_robot_commands(folder: Path, seed: int = 0) -> None:
         (folder / f"{split}.jsonl").write_text(lines, encoding="ascii", newline="\n")
 
 
-def expand(template: str) -> list[str]:
+@cache
+def expand(template: str) -> tuple[str, ...]:
     """Every text a template can become by its ``(a|b)`` choices; slots stay."""
     parts = re.split(r"\(([^)]*)\)", template)
     choices = [part.split("|") if index % 2 else [part] for index, part in enumerate(parts)]
-    return [" ".join("".join(chosen).split()).replace(" ?", "?") for chosen in product(*choices)]
+    return tuple(" ".join("".join(chosen).split()).replace(" ?", "?") for chosen in product(*choices))
 
 
 def _split_rows(split: str, seed: int, seen: set[str]) -> list[dict[str, str]]:

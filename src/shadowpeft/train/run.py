@@ -13,10 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.files import write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import open_run_folder
+from shadowpeft.train.checkpoints import check_run_folder
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import AnswerCollator, EncodingReport, encode_classification, encode_generation, load_rows
 from shadowpeft.train.tasks import TASKS, Task
@@ -96,9 +97,18 @@ def _usable_length(config: TrainConfig, base: PreTrainedModel) -> int:
     return config.max_length if positions is None else min(config.max_length, positions)
 
 
+def _checkpointing(config: TrainConfig) -> dict[str, Any]:
+    """Under whichever of its two names this release of transformers has the argument."""
+    names = {item.name for item in dataclasses.fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: config.gradient_checkpointing}
+
+
 def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     has_gpu = torch.cuda.is_available()
-    steps = {"max_steps": config.max_steps} if config.max_steps > 0 else {"num_train_epochs": config.epochs}
+    steps: dict[str, Any] = {"num_train_epochs": config.epochs}
+    if config.max_steps > 0:
+        steps = {"max_steps": config.max_steps}
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         **steps,
@@ -109,7 +119,7 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
-        gradient_checkpointing=config.gradient_checkpointing,
+        **_checkpointing(config),
         bf16=has_gpu and config.dtype == "bfloat16",
         use_cpu=not has_gpu,
         seed=config.seed,
@@ -135,7 +145,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     """
     console = console or Console(quiet=True)
     folder = Path(config.output)
-    checkpoint = open_run_folder(folder, resume=config.resume)
+    checkpoint = check_run_folder(folder, resume=config.resume)
     prepared = prepare(config)
     _save_config(config, folder)
     arguments = training_arguments(config, folder)
@@ -173,5 +183,6 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
 
 
 def _save_config(config: TrainConfig, folder: Path) -> None:
-    values = dataclasses.asdict(config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    """Writes ``config.yaml``, from which the same run can be started or, with ``--resume``, gone on with."""
+    text = yaml.safe_dump({**config.to_dict(), "resume": False}, sort_keys=False)
+    write_files(folder, lambda staging: (staging / "config.yaml").write_text(text, encoding="utf-8"))

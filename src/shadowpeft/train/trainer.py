@@ -25,7 +25,9 @@ class ShadowTrainer(Trainer):
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         if model.training:
             self._add_parts(outputs)
