@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import tiny_config
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
+from models import tiny_config
 from shadowpeft.core import step
 from shadowpeft.core.network import ShadowNetwork
 from shadowpeft.core.step import Injection, Update

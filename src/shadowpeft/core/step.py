@@ -49,7 +49,7 @@ def update(s: Tensor, g: Tensor, t: Tensor) -> Tensor:
 
 
 class Injection(nn.Module):
-    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: the base is untouched at first."""
+    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: at first the base is untouched."""
 
     def __init__(self, width: int, config: ShadowConfig) -> None:
         super().__init__()
@@ -98,6 +98,11 @@ class Update(nn.Module):
             if bias is not None:
                 bound = 1 / math.sqrt(weight.shape[0])
                 nn.init.uniform_(bias, -bound, bound)
+
+    def named_weights(self) -> dict[str, Tensor | None]:
+        """Its weights and biases by name; None for the biases it does not have."""
+        kinds = ("T1", "T2", "G1", "G2")
+        return {f"{kind}_{name}": getattr(self, f"{kind}_{name}") for kind in ("W", "b") for name in kinds}
 
     def forward(self, z: Tensor, s: Tensor) -> Tensor:
         """``z``: the (normed) block output, ``s``: the state before it; returns the state after it, [B, T, d]."""
