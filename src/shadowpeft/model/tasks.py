@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassi
 
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.head_loss import HeadLosses, LossSpec
+from shadowpeft.core.lean import lean_graph
 from shadowpeft.core.losses import combine, pool_last_token, sequence_classification_loss, shared_head_losses
 from shadowpeft.model.architectures import architecture_of
 from shadowpeft.model.build import is_classifier
@@ -88,7 +89,10 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             if labels is not None:
                 inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
-        output, initial = self._run_attached(network, use_cache=self._default_use_cache(use_cache, labels), **inputs)
+        with lean_graph():
+            output, initial = self._run_attached(
+                network, use_cache=self._default_use_cache(use_cache, labels), **inputs
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if output_logits is None:
             output_logits = labels is None or not self.training
@@ -167,7 +171,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
         network = self._chosen(adapter)
         if network is None:
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
-        output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
+        with lean_graph():
+            output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
         mask = self._padding_mask(input_ids, attention_mask)
         assert network.head is not None and network.shadow_head is not None
         dtype = network.head.weight.dtype
