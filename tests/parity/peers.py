@@ -299,7 +299,7 @@ def build_pair(peer: Peer, case: Case) -> tuple[ShadowModel, nn.Module]:
 
 
 def outcome_of_ours(ours: ShadowModel, inputs: dict[str, Tensor]) -> Outcome:
-    output = seeded(ours, inputs)
+    output = seeded(ours, inputs | ({"output_logits": True} if ours.can_generate() else {}))
     output.loss.backward()
     gradients = {name: p.grad for name, p in ours.network().named_parameters()}
     return Outcome(output.logits.detach(), output.shadow_loss, output.loss.detach(), gradients)

@@ -65,6 +65,10 @@ class ShadowConfig:
 
     # Training
     auxiliary_loss_weight: float = _field(0.05, "lambda: weight of the shadow's own loss (Eq. 8-9)")
+    distillation_weight: float = _field(
+        0.0, "weight of KL(attached || shadow) over the next tokens, which makes the shadow a better draft; 0: off"
+    )
+    distillation_temperature: float = _field(1.0, "softens both distributions of the distillation term")
     adapter_dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = _field(
         "float32", "dtype of all trained weights, whatever the base's is"
     )
@@ -81,6 +85,9 @@ class ShadowConfig:
             require(value is None or value >= 1, name, value, "None or an integer of at least 1")
         require(0.0 <= self.shadow_dropout < 1.0, "shadow_dropout", self.shadow_dropout, "a number in [0, 1)")
         require(self.auxiliary_loss_weight >= 0, "auxiliary_loss_weight", self.auxiliary_loss_weight, "at least 0")
+        require(self.distillation_weight >= 0, "distillation_weight", self.distillation_weight, "at least 0")
+        temperature = self.distillation_temperature
+        require(temperature > 0, "distillation_temperature", temperature, "more than 0")
         require(self.first_block >= 0, "first_block", self.first_block, "a block index of at least 0")
 
     @property

@@ -1,10 +1,10 @@
 """Losses for both paths; main and auxiliary loss always share one normaliser."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-IGNORE = -100
+from shadowpeft.core.head_loss import IGNORE, HeadLosses, LossSpec, head_losses
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
@@ -12,7 +12,9 @@ def next_token_labels(labels: Tensor) -> Tensor:
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
+def causal_lm_loss(
+    logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None, *, label_smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of the next token (Eq. 8, either term).
 
     Args:
@@ -20,6 +22,7 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | Non
         labels: [B, T], unshifted, -100 where there is nothing to learn.
         num_items: labels of the whole optimizer step; the sum is divided by it, so that gradient
             accumulation does not change the weight of either loss. None: labels of this batch.
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
 
     Returns:
         A scalar in fp32 or wider. Zero (not NaN) where no position carries a label.
@@ -27,8 +30,95 @@ def causal_lm_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | Non
     targets = next_token_labels(labels).to(logits.device).view(-1)
     logits = logits.view(-1, logits.shape[-1])
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    return total / _count(targets, num_items)
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
+    return total / label_count(targets, num_items)
+
+
+def distillation_loss(
+    teacher: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    num_items: Tensor | int | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """``T^2 KL(teacher || student)`` of the next-token distributions, softened by ``temperature``.
+
+    Taken where there is a label, and divided as :func:`causal_lm_loss` divides. The teacher gets no gradient.
+
+    Args:
+        teacher, student: logits [B, T, V]. The others as there.
+    """
+    targets = next_token_labels(labels).to(student.device).view(-1)
+    wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+    target = torch.log_softmax(teacher.detach().to(wide) / temperature, -1)
+    guess = torch.log_softmax(student.to(wide) / temperature, -1)
+    divergence = (target.exp() * (target - guess)).sum(-1).view(-1)
+    return (divergence * (targets != IGNORE)).sum() * temperature**2 / label_count(targets, num_items)
+
+
+def shared_head_losses(
+    spec: LossSpec,
+    head: nn.Module,
+    hidden: Tensor,
+    initial: Tensor,
+    labels: Tensor,
+    num_items: Tensor | int | None = None,
+) -> HeadLosses:
+    """Main, shadow and distillation loss behind one head, with no logits kept where the head is a plain linear map.
+
+    Args:
+        head: of base and shadow, frozen or trained.
+        hidden, initial: the attached model's last hidden states and s(0), [B, T, d].
+        labels, num_items: as in :func:`causal_lm_loss`.
+    """
+    needs_shadow = spec.shadow_weight > 0 or spec.distillation_weight > 0
+    if not is_plain_linear(head):
+        return _losses_through(spec, head, hidden, initial if needs_shadow else None, labels, num_items)
+    targets = next_token_labels(labels).to(hidden.device).reshape(-1)
+    width = hidden.shape[-1]
+    return head_losses(
+        spec,
+        hidden=hidden.reshape(-1, width),
+        shadow=initial.to(hidden.device).reshape(-1, width) if needs_shadow else None,
+        targets=targets,
+        weight=head.weight,  # type: ignore[arg-type]
+        bias=head.bias,  # type: ignore[arg-type]
+        count=label_count(targets, num_items),
+    )
+
+
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether ``head`` is ``x W + b`` and nothing else: no quantised, adapted, sharded or hooked layer."""
+    if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
+        return False
+    return type(head.weight) in (Tensor, nn.Parameter) and head.weight.device.type != "meta"
+
+
+def _losses_through(
+    spec: LossSpec,
+    head: nn.Module,
+    hidden: Tensor,
+    initial: Tensor | None,
+    labels: Tensor,
+    num_items: Tensor | int | None,
+) -> HeadLosses:
+    """The same losses through whatever ``head`` is, with logits kept for backward."""
+    logits = spec.finish(head(hidden))
+    total = main = causal_lm_loss(logits, labels, num_items, label_smoothing=spec.label_smoothing)
+    shadow = distillation = None
+    if initial is not None:
+        guess = spec.finish(head(initial))
+        shadow = causal_lm_loss(guess, labels, num_items, label_smoothing=spec.label_smoothing)
+        total = combine(main, shadow, spec.shadow_weight)
+    if initial is not None and spec.distillation_weight > 0:
+        distillation = distillation_loss(logits, guess, labels, num_items, temperature=spec.temperature)
+        total = combine(total, distillation, spec.distillation_weight)
+    return HeadLosses(total, main.detach(), _plain(shadow), _plain(distillation))
+
+
+def _plain(loss: Tensor | None) -> Tensor | None:
+    return None if loss is None else loss.detach()
 
 
 def sequence_classification_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
@@ -42,7 +132,7 @@ def sequence_classification_loss(logits: Tensor, labels: Tensor, num_items: Tens
         total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1).sum()
         return total / _rows(labels, num_items)
     total = F.cross_entropy(logits, labels.view(-1), ignore_index=IGNORE, reduction="sum")
-    return total / _count(labels.view(-1), num_items)
+    return total / label_count(labels.view(-1), num_items)
 
 
 def combine(main: Tensor, auxiliary: Tensor, weight: float) -> Tensor:
@@ -59,7 +149,8 @@ def pool_last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
 
 
-def _count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+def label_count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
+    """What a sum over ``targets`` is divided by: ``num_items``, else the targets that are not ignored, at least 1."""
     if num_items is None:
         return (targets != IGNORE).sum().clamp(min=1)
     return num_items.to(targets.device) if isinstance(num_items, Tensor) else num_items

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shadowpeft.core.config import ShadowConfig
+from shadowpeft.core.kernels import StepSpec, StepWeights, fused_step, step_backend
 from shadowpeft.core.step import Injection, Update
 
 
@@ -89,11 +90,34 @@ class ShadowNetwork(nn.Module):
         index = block_index - self.config.first_block
         if index < 0:
             return h, s
-        if index > 0 and len(self.updates):
-            update: Update = self.updates[0 if self.config.share_steps else index - 1]  # type: ignore[assignment]
-            s = update(self._normed(h), s)
         injection: Injection = self.injections[0 if self.config.share_steps else index]  # type: ignore[assignment]
+        update: Update | None = None
+        if index > 0 and len(self.updates):
+            update = self.updates[0 if self.config.share_steps else index - 1]  # type: ignore[assignment]
+        needs_grad = torch.is_grad_enabled() and (h.requires_grad or s.requires_grad or injection.W_up.requires_grad)
+        backend, _ = step_backend(
+            self.config, device=h.device, dtype=h.dtype, training=injection.training, needs_grad=needs_grad
+        )
+        if backend != "autograd":
+            return fused_step(backend, self._spec(injection), h, s, self._weights(injection, update))
+        if update is not None:
+            s = update(self._normed(h), s)
         return injection(h, s), s
+
+    def _spec(self, injection: Injection) -> StepSpec:
+        eps = 1e-5 if self.update_norm is None else self.update_norm.eps
+        return StepSpec.of(self.config, training=injection.training, norm_eps=eps)
+
+    def _weights(self, injection: Injection, update: Update | None) -> StepWeights:
+        ours = StepWeights(W_down=injection.W_down, W_up=injection.W_up)
+        if update is None:
+            return ours
+        norm = self.update_norm
+        return ours._replace(
+            **update.named_weights(),
+            norm_weight=None if norm is None else norm.weight,
+            norm_bias=None if norm is None else norm.bias,
+        )
 
     def _normed(self, h: Tensor) -> Tensor:
         return h if self.update_norm is None else self.update_norm(h.to(self.update_norm.weight.dtype))

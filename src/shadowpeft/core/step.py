@@ -99,6 +99,11 @@ class Update(nn.Module):
                 bound = 1 / math.sqrt(weight.shape[0])
                 nn.init.uniform_(bias, -bound, bound)
 
+    def named_weights(self) -> dict[str, Tensor | None]:
+        """Its weights and biases by name; None for the biases it does not have."""
+        kinds = ("T1", "T2", "G1", "G2")
+        return {f"{kind}_{name}": getattr(self, f"{kind}_{name}") for kind in ("W", "b") for name in kinds}
+
     def forward(self, z: Tensor, s: Tensor) -> Tensor:
         """``z``: the (normed) block output, ``s``: the state before it; returns the state after it, [B, T, d]."""
         config = self.config

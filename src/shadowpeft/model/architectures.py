@@ -7,24 +7,24 @@ from operator import attrgetter
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from shadowpeft.core.head_loss import LogitFinish
 from shadowpeft.errors import ArchitectureError
 
 
-def _plain(config: PreTrainedConfig, logits: Tensor) -> Tensor:
-    return logits
+def _plain(config: PreTrainedConfig) -> LogitFinish:
+    return LogitFinish()
 
 
-def _soft_capped(config: PreTrainedConfig, logits: Tensor) -> Tensor:
-    cap = config.final_logit_softcapping
-    return logits if cap is None else (logits / cap).tanh() * cap
+def _soft_capped(config: PreTrainedConfig) -> LogitFinish:
+    return LogitFinish(cap=config.final_logit_softcapping)
 
 
-def _multiplied(config: PreTrainedConfig, logits: Tensor) -> Tensor:
-    return logits * config.logit_scale
+def _multiplied(config: PreTrainedConfig) -> LogitFinish:
+    return LogitFinish(multiply=config.logit_scale)
 
 
-def _divided(config: PreTrainedConfig, logits: Tensor) -> Tensor:
-    return logits / config.logits_scaling
+def _divided(config: PreTrainedConfig) -> LogitFinish:
+    return LogitFinish(divide=config.logits_scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Architecture:
         mlp_width: config fields that hold the MLP width (of every expert in a mixture).
         kv_heads: config field of the key/value heads, None where every query head has its own.
         head_dim: config field of the head width, None where it is always d / heads.
-        finish_logits: what the causal language model does to ``head(hidden)``.
+        finish: what the causal language model does to ``head(hidden)``.
         per_layer: config fields with one entry a block.
         embedding: the decoder's attribute that holds the token embedding.
     """
@@ -45,9 +45,12 @@ class Architecture:
     mlp_width: tuple[str, ...] = ("intermediate_size",)
     kv_heads: str | None = "num_key_value_heads"
     head_dim: str | None = "head_dim"
-    finish_logits: Callable[[PreTrainedConfig, Tensor], Tensor] = _plain
+    finish: Callable[[PreTrainedConfig], LogitFinish] = _plain
     per_layer: tuple[str, ...] = ("layer_types",)
     embedding: str = "embed_tokens"
+
+    def finish_logits(self, config: PreTrainedConfig, logits: Tensor) -> Tensor:
+        return self.finish(config)(logits)
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -58,12 +61,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(),
     "qwen3_moe": Architecture(mlp_width=("intermediate_size", "moe_intermediate_size")),
     "gemma": Architecture(),
-    "gemma2": Architecture(finish_logits=_soft_capped),
-    "gemma3_text": Architecture(finish_logits=_soft_capped),
+    "gemma2": Architecture(finish=_soft_capped),
+    "gemma3_text": Architecture(finish=_soft_capped),
     "phi": Architecture(head_dim=None),
     "phi3": Architecture(head_dim=None),
     "olmo2": Architecture(head_dim=None),
-    "granite": Architecture(head_dim=None, finish_logits=_divided),
+    "granite": Architecture(head_dim=None, finish=_divided),
     "smollm3": Architecture(head_dim=None, per_layer=("layer_types", "no_rope_layers")),
     "gpt_neox": Architecture(kv_heads=None, head_dim=None, embedding="embed_in"),
     "gpt2": Architecture(blocks="h", mlp_width=("n_inner",), kv_heads=None, head_dim=None, embedding="wte"),
@@ -76,7 +79,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "stablelm": Architecture(head_dim=None),
     "starcoder2": Architecture(head_dim=None),
-    "cohere": Architecture(head_dim=None, finish_logits=_multiplied),
+    "cohere": Architecture(head_dim=None, finish=_multiplied),
     "gpt_oss": Architecture(),
 }
 

@@ -51,7 +51,7 @@ def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> Any:
 
 
 def _check_same_finish(base: PreTrainedConfig, shadow: PreTrainedConfig) -> None:
-    if architecture_of(base).finish_logits is not architecture_of(shadow).finish_logits:
+    if architecture_of(base).finish is not architecture_of(shadow).finish:
         raise ArchitectureError(
             f"a {base.model_type} head scales or caps its logits in a way that a {shadow.model_type} model does not, "
             "so this shadow cannot become an ordinary model; use it attached"

@@ -9,7 +9,9 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.losses import causal_lm_loss, combine, pool_last_token, sequence_classification_loss
+from shadowpeft.core.head_loss import HeadLosses, LossSpec
+from shadowpeft.core.lean import lean_graph
+from shadowpeft.core.losses import combine, pool_last_token, sequence_classification_loss, shared_head_losses
 from shadowpeft.model.architectures import architecture_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.wrapper import ShadowModel
@@ -20,13 +22,15 @@ class ShadowCausalLMOutput(CausalLMOutputWithPast):
     """The base's output with the shadow's part.
 
     Attributes:
-        loss: main + lambda * shadow loss (Eq. 8).
-        main_loss, shadow_loss: its two parts, unweighted and without gradient.
+        loss: main + lambda * shadow loss (Eq. 8), and the distillation term where its weight is not 0.
+        main_loss, shadow_loss, distillation_loss: its parts, unweighted and without gradient.
+        logits: [B, T, V]; None in training mode with labels, unless ``output_logits=True``.
         shadow_logits: [B, T, V], only with ``output_shadow_logits=True``.
     """
 
     main_loss: Tensor | None = None
     shadow_loss: Tensor | None = None
+    distillation_loss: Tensor | None = None
     shadow_logits: Tensor | None = None
 
 
@@ -55,6 +59,8 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         adapter: str | None = None,
         output_shadow_logits: bool = False,
+        output_logits: bool | None = None,
+        label_smoothing: float = 0.0,
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | tuple:
@@ -66,6 +72,9 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             num_items_in_batch: labels of the whole optimizer step; both losses are divided by it.
             adapter: name of the adapter for this call; ``"__base__"`` for none; default: the active one.
             output_shadow_logits: also return the shadow head on s(0).
+            output_logits: whether to return logits. They cost more memory than anything else in a training step, so by
+                default they are left out in training mode with labels, and returned otherwise.
+            label_smoothing: share of every target that is spread evenly over the vocabulary, in both losses.
         """
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
@@ -80,24 +89,27 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             if labels is not None:
                 inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
-        output, initial = self._run_attached(network, use_cache=self._default_use_cache(use_cache, labels), **inputs)
+        with lean_graph():
+            output, initial = self._run_attached(
+                network, use_cache=self._default_use_cache(use_cache, labels), **inputs
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_logits(output.last_hidden_state[:, kept])
-        main = shadow = loss = shadow_logits = None
-        if output_shadow_logits:
-            shadow_logits = self.lm_logits(initial[:, kept])
+        if output_logits is None:
+            output_logits = labels is None or not self.training
+        hidden = output.last_hidden_state
+        losses = None
         if labels is not None:
-            main = causal_lm_loss(logits, labels, num_items_in_batch)
-            loss, shadow = self._with_shadow_loss(network.config, main, initial, labels, num_items_in_batch)
+            losses = self._losses(network.config, hidden, initial, labels, num_items_in_batch, label_smoothing)
         result = ShadowCausalLMOutput(
-            loss=loss,
-            logits=logits,
+            loss=None if losses is None else losses.total,
+            logits=self.lm_logits(hidden[:, kept]) if output_logits else None,
             past_key_values=output.past_key_values,
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
-            main_loss=_plain(main),
-            shadow_loss=_plain(shadow),
-            shadow_logits=shadow_logits,
+            main_loss=None if losses is None else losses.main,
+            shadow_loss=None if losses is None else losses.shadow,
+            distillation_loss=None if losses is None else losses.distillation,
+            shadow_logits=self.lm_logits(initial[:, kept]) if output_shadow_logits else None,
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -106,13 +118,24 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         head: Any = self.base.get_output_embeddings()
         return architecture_of(self.config).finish_logits(self.config, head(hidden))
 
-    def _with_shadow_loss(
-        self, config: ShadowConfig, main: Tensor, initial: Tensor, labels: Tensor, num_items: Tensor | int | None
-    ) -> tuple[Tensor, Tensor | None]:
-        if config.auxiliary_loss_weight == 0:
-            return main, None
-        shadow = causal_lm_loss(self.lm_logits(initial), labels, num_items)
-        return combine(main, shadow, config.auxiliary_loss_weight), shadow
+    def _losses(
+        self,
+        config: ShadowConfig,
+        hidden: Tensor,
+        initial: Tensor,
+        labels: Tensor,
+        num_items: Tensor | int | None,
+        label_smoothing: float,
+    ) -> HeadLosses:
+        """All terms of the loss, behind the head that base and shadow share."""
+        spec = LossSpec(
+            finish=architecture_of(self.config).finish(self.config),
+            label_smoothing=label_smoothing,
+            shadow_weight=config.auxiliary_loss_weight,
+            distillation_weight=config.distillation_weight,
+            temperature=config.distillation_temperature,
+        )
+        return shared_head_losses(spec, self.base.get_output_embeddings(), hidden, initial, labels, num_items)
 
 
 class ShadowModelForSequenceClassification(ShadowModel):
@@ -148,7 +171,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
         network = self._chosen(adapter)
         if network is None:
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
-        output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
+        with lean_graph():
+            output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
         mask = self._padding_mask(input_ids, attention_mask)
         assert network.head is not None and network.shadow_head is not None
         dtype = network.head.weight.dtype

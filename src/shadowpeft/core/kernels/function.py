@@ -1,0 +1,83 @@
+"""The step as one node of the autograd graph: what it keeps, and how it gets everything else back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shadowpeft.core.kernels import reference
+from shadowpeft.core.kernels.spec import StepSpec, StepWeights
+
+# In these, the norm in front of a block keeps the block's input as it is; narrower ones it widens to fp32 first.
+_SHARED_WITH_BLOCK = (torch.float32, torch.float64)
+
+
+class _Step(torch.autograd.Function):
+    """(h, s) -> (h', s'), or -> h' where there is no update.
+
+    Keeps one [N, d] tensor of each path and the [N, r] bottleneck. For fp32 that tensor of the base's path is h',
+    which the norm of the following block keeps anyway, so that it costs nothing; h is h' minus the correction.
+    For 16-bit states, which no norm keeps as they are, it is h itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, spec: StepSpec, backend: str, h: Tensor, s: Tensor, *weights: Tensor | None) -> Any:
+        w = StepWeights(*weights)
+        width = h.shape[-1]
+        with torch.autocast(h.device.type, enabled=False):
+            out = _implementation(backend).forward(spec, h.reshape(-1, width), s.reshape(-1, width), w)
+        h_out = out.h.view(h.shape)
+        ctx.spec, ctx.backend, ctx.rng_state = spec, backend, out.rng_state
+        ctx.keeps_output = h.dtype in _SHARED_WITH_BLOCK
+        ctx.present = [weight is not None for weight in weights]
+        kept = h_out if ctx.keeps_output else h
+        ctx.save_for_backward(kept, s, out.bottleneck, *(weight for weight in weights if weight is not None))
+        ctx.set_materialize_grads(False)
+        return h_out if out.s is None else (h_out, out.s.view(s.shape))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        kept, s, bottleneck, *present = ctx.saved_tensors
+        supply = iter(present)
+        w = StepWeights(*(next(supply) if there else None for there in ctx.present))
+        shape, width = kept.shape, kept.shape[-1]
+        kept, s = kept.reshape(-1, width), s.reshape(-1, width)
+        grad_h = torch.zeros_like(kept) if grads[0] is None else grads[0].reshape(-1, width)
+        grad_s = grads[1].reshape(-1, width) if len(grads) > 1 and grads[1] is not None else None
+        needs_grad_h = ctx.needs_input_grad[2]
+        with torch.autocast(kept.device.type, enabled=False):
+            h = reference.without_correction(ctx.spec, kept, bottleneck, w) if ctx.keeps_output else kept
+            found = _implementation(ctx.backend).backward(
+                ctx.spec,
+                grad_h=grad_h,
+                grad_s=grad_s,
+                h=h,
+                s=s,
+                bottleneck=bottleneck,
+                rng_state=ctx.rng_state,
+                w=w,
+                needs_grad_h=needs_grad_h,
+            )
+        grad_into_h = None if found.h is None else found.h.view(shape)
+        return None, None, grad_into_h, found.s.view(shape), *found.weights
+
+
+def _implementation(backend: str) -> Any:
+    if backend == "triton":
+        from shadowpeft.core.kernels import triton_step  # only where Triton is installed
+
+        return triton_step
+    return reference
+
+
+def fused_step(backend: str, spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> tuple[Tensor, Tensor]:
+    """(h', s') as one operation; gradients are those of the equations.
+
+    Args:
+        backend: ``recompute`` or ``triton``, as :func:`step_backend` chose it.
+        h, s: [B, T, d].
+    """
+    out = _Step.apply(spec, backend, h, s, *w)
+    return out if isinstance(out, tuple) else (out, s)

@@ -1,0 +1,67 @@
+"""What defines one step between two blocks, apart from its tensors, and the tensors it is made of."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from shadowpeft.core.config import ShadowConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSpec:
+    """One variant of the step.
+
+    Attributes:
+        alpha: scale of the correction (Eq. 4).
+        activation: ``silu`` or ``gelu``, inside transform and gate.
+        from_state: correct from s alone instead of from h - s (Eq. 2).
+        drop_input: dropout on the d-wide input of W_down instead of on its r-wide result.
+        inject_dropout, transform_dropout: probabilities in effect; 0 outside training.
+        norm_eps: the LayerNorm's epsilon.
+    """
+
+    alpha: float
+    activation: str = "silu"
+    from_state: bool = False
+    drop_input: bool = False
+    inject_dropout: float = 0.0
+    transform_dropout: float = 0.0
+    norm_eps: float = 1e-5
+
+    @property
+    def has_dropout(self) -> bool:
+        return self.inject_dropout > 0 or self.transform_dropout > 0
+
+    @classmethod
+    def of(cls, config: ShadowConfig, *, training: bool, norm_eps: float = 1e-5) -> "StepSpec":
+        dropout = config.shadow_dropout if training else 0.0
+        return cls(
+            alpha=config.shadow_alpha,
+            activation=config.update_activation,
+            from_state=config.inject_from == "state",
+            drop_input=config.dropout_at == "input",
+            inject_dropout=dropout,
+            transform_dropout=dropout if config.transform_dropout else 0.0,
+            norm_eps=norm_eps,
+        )
+
+
+class StepWeights(NamedTuple):
+    """The weights of one step; an update's are None in front of the first refined block, unused ones always.
+
+    W_down [d, r], W_up [r, d]; W_T1, W_G1 [d, h_g]; W_T2, W_G2 [h_g, d]; biases and norm as their names say.
+    """
+
+    W_down: Tensor
+    W_up: Tensor
+    W_T1: Tensor | None = None
+    W_T2: Tensor | None = None
+    W_G1: Tensor | None = None
+    W_G2: Tensor | None = None
+    b_T1: Tensor | None = None
+    b_T2: Tensor | None = None
+    b_G1: Tensor | None = None
+    b_G2: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
