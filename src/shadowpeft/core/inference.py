@@ -1,4 +1,4 @@
-"""The step between two blocks without gradients: the equations of :mod:`shadowpeft.core.step` in fewer, in-place passes.
+"""The step between two blocks without gradients: the equations of :mod:`shadowpeft.core.step` in fewer passes.
 
 At one token a step the work is a handful of matrix-vector products, so the number of operations decides its cost. Every
 operand is read from the network at the time of the call; nothing is derived ahead, so nothing can grow stale.

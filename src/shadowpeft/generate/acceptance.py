@@ -1,7 +1,7 @@
 """Which drafts stand: Algorithm 1 of Leviathan et al. 2023 (arXiv 2211.17192).
 
-Shapes: k drafts a row, ``drafts`` [B, k]; the target has looked at k + 1 places. ``forced`` [B, k] marks drafts that are
-settled already and are not tested again.
+Shapes: k drafts a row, ``drafts`` [B, k]; the target has looked at k + 1 places. ``forced`` [B, k] marks drafts that
+are settled already and are not tested again.
 """
 
 import torch
@@ -30,7 +30,7 @@ def accept_greedy(drafts: Tensor, choices: Tensor, forced: Tensor | None = None)
 
 
 def accept_sampled(drafts: Tensor, q: Tensor, p: Tensor, forced: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """A draft x stands with probability min(1, p(x) / q(x)); the first that falls is drawn anew from norm(max(p - q, 0)).
+    """A draft x stands with probability min(1, p(x) / q(x)); the first that falls is redrawn from norm(max(p - q, 0)).
 
     Args:
         q: [B, k, V], the distributions that the drafts were drawn from.

@@ -1,4 +1,4 @@
-"""``generate(speculative=...)``: checks, the way through transformers' ``generate``, and the way back to plain decoding."""
+"""``generate(speculative=...)``: checks, the way through transformers' ``generate``, and back to plain decoding."""
 
 import copy
 import warnings
@@ -60,7 +60,9 @@ def generate(
     return GenerationMixin.generate(model, *args, custom_generate=method, **_with_stop_strings(kwargs))
 
 
-_NO_BEAMS = "speculative decoding follows one sequence a row, but num_beams={}; use num_beams=1 or leave out speculative="
+_NO_BEAMS = (
+    "speculative decoding follows one sequence a row, but num_beams={}; use num_beams=1 or leave out speculative="
+)
 
 
 def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -100,12 +102,14 @@ def speculative_decoding(
         raise ConfigError(_NO_BEAMS.format(generation_config.num_beams))
     cache: Cache | None = model_kwargs.get("past_key_values")
     if cache is None or not model_kwargs.get("use_cache"):
-        raise ConfigError("speculative decoding takes rejected tokens out of the cache, but use_cache=False; leave that out")
+        raise ConfigError(
+            "speculative decoding takes rejected tokens out of the cache, but use_cache=False; leave that out"
+        )
     if generation_config.return_dict_in_generate and (
         generation_config.output_attentions or generation_config.output_hidden_states
     ):
         raise ConfigError(
-            "output_attentions and output_hidden_states are not recorded in speculative decoding; leave out speculative="
+            "output_attentions and output_hidden_states are not recorded while speculating; leave out speculative="
         )
     reason = why_not_croppable(cache, _final_length(input_ids, generation_config, model_kwargs))
     if reason is not None:

@@ -1,7 +1,8 @@
 """Settings of speculative decoding."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class SpeculativeConfig:
             cheaper, which is most of a draft's cost. Tokens outside it are never drafted, but generated all the same.
         draft_processor: changes the draft's logits [B, V] given the tokens so far [B, T], before the generation's own
             processors; for experiments and tests.
+        compile_options: keywords of ``torch.compile`` to compile both passes with, as whole graphs; None: eager. Meant
+            for a static cache and a constant number of drafts; ``{"mode": "reduce-overhead"}`` asks for CUDA graphs.
 
     Raises:
         ConfigError: a value outside its range.
@@ -33,6 +36,7 @@ class SpeculativeConfig:
     confidence_threshold: float = 0.0
     draft_vocabulary: Sequence[int] | None = None
     draft_processor: DraftProcessor | None = None
+    compile_options: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         count = self.num_draft_tokens

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shadowpeft.generate.compiled import CompiledPasses
 from shadowpeft.generate.passes import Passes
 from shadowpeft.generate.scoring import Scoring
 
@@ -16,16 +17,18 @@ class Places:
     Attributes:
         position_ids: [B or 1, T] of the pending token and those behind it.
         attention_mask: [B, cached + T], or None without padding.
+        is_fixed: the mask spans a whole static cache instead, ones behind the tokens, which causality hides.
     """
 
     position_ids: Tensor
     attention_mask: Tensor | None
+    is_fixed: bool = False
 
     def at(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
         """Positions of the tokens ``start`` to ``stop`` and the mask up to the last of them."""
         positions = self.position_ids[:, start:stop]
-        if self.attention_mask is None:
-            return positions, None
+        if self.attention_mask is None or self.is_fixed:
+            return positions, self.attention_mask
         num_seen = self.attention_mask.shape[1] - self.position_ids.shape[1] + stop
         return positions, self.attention_mask[:, :num_seen]
 
@@ -41,6 +44,10 @@ class Known:
 
     tokens: Tensor
     count: Tensor
+
+    @classmethod
+    def nothing_behind(cls, sequences: Tensor) -> "Known":
+        return cls(tokens=sequences[:, :0], count=sequences.new_zeros(sequences.shape[0]))
 
     def instead_of(self, drafted: Tensor, place: int) -> Tensor:
         """[B] -> [B]: the settled token at ``place`` (0: behind the pending one), where there is one."""
@@ -69,7 +76,7 @@ class Draft:
 
 
 def draft(
-    passes: Passes,
+    passes: Passes | CompiledPasses,
     scoring: Scoring,
     sequences: Tensor,
     places: Places,
@@ -87,18 +94,17 @@ def draft(
     for place in range(num_drafts):
         if not is_sure:
             break
-        state = passes.shadow(window[-1], *places.at(place, place + 1))
+        state, logits = passes.draft_step(window[-1], *places.at(place, place + 1), with_head=True)
+        assert logits is not None
         states.append(state)
         prefix = torch.cat([sequences, *window[1:]], 1) if scoring.drafts_need_prefix else None
-        token, q, confidence = scoring.draft(
-            passes.draft_logits(state)[:, -1], prefix, with_confidence=confidence_threshold > 0
-        )
+        token, q, confidence = scoring.draft(logits[:, -1], prefix, with_confidence=confidence_threshold > 0)
         is_sure = confidence is None or _is_any_sure(confidence, confidence_threshold, known, place)
         token = token if known is None else known.instead_of(token, place)
         window.append(token[:, None])
         drawn_from.append(q)
     last = len(window) - 1
-    states.append(passes.shadow(window[-1], *places.at(last, last + 1)))
+    states.append(passes.draft_step(window[-1], *places.at(last, last + 1), with_head=False)[0])
     return Draft(
         window=torch.cat(window, 1),
         states=torch.cat(states, 1),

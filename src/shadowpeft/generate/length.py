@@ -4,11 +4,13 @@
 _PRIOR_ACCEPTANCE, _PRIOR_TESTS, _MEMORY = 0.7, 4.0, 0.9
 # Rounds without a draft after which one is tried again.
 _ROUNDS_BETWEEN_TRIALS = 16
-# What one more place costs a base pass that is bound by reading its weights; a small guess, so that drafts are not free.
+# What one more place costs a base pass that is bound by reading its weights: a small guess, so that none is free.
 _COST_OF_PLACE = 0.03
 
 
-def expected_speedup(acceptance: float, num_drafts: int, draft_cost: float, place_cost: float = _COST_OF_PLACE) -> float:
+def expected_speedup(
+    acceptance: float, num_drafts: int, draft_cost: float, place_cost: float = _COST_OF_PLACE
+) -> float:
     """Tokens a round (Leviathan et al. 2023, Eq. 1) over its cost in plain steps (their Theorem 3.8).
 
     Args:
@@ -16,10 +18,7 @@ def expected_speedup(acceptance: float, num_drafts: int, draft_cost: float, plac
         draft_cost: cost of one draft, in plain attached steps.
         place_cost: cost of one more place in the base's pass, in plain attached steps.
     """
-    if acceptance >= 1.0:
-        tokens = num_drafts + 1.0
-    else:
-        tokens = (1 - acceptance ** (num_drafts + 1)) / (1 - acceptance)
+    tokens = sum(acceptance**place for place in range(num_drafts + 1))
     return tokens / (1 + num_drafts * (draft_cost + place_cost))
 
 

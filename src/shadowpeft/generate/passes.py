@@ -35,21 +35,24 @@ class Passes:
     draft_weight: Tensor | None = None
     draft_bias: Tensor | None = None
 
-    def shadow(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """s(0) of ``tokens`` [B, T] behind what the shadow has seen: [B, T, d]."""
-        inputs = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": True, **self.options}
-        return self.model._initial_state(self.network, tokens, None, self.cache, inputs)
+    def draft_step(
+        self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *, with_head: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The shadow over ``tokens`` [B, T] behind what it has seen: s(0) [B, T, d], and its logits if asked for them.
 
-    def draft_logits(self, states: Tensor) -> Tensor:
-        """The shadow's logits [B, T, V], or [B, T, V'] where the draft's vocabulary is cut."""
+        Logits are [B, T, V], or [B, T, V'] where the draft's vocabulary is cut.
+        """
+        inputs = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": True, **self.options}
+        states = self.model._initial_state(self.network, tokens, None, self.cache, inputs)
+        return states, (self._draft_logits(states) if with_head else None)
+
+    def _draft_logits(self, states: Tensor) -> Tensor:
         if self.draft_weight is None:
             return self.model.lm_logits(states)
         logits = F.linear(states, self.draft_weight, self.draft_bias)
         return architecture_of(self.model.config).finish_logits(self.model.config, logits)
 
-    def verify(
-        self, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None
-    ) -> Tensor:
+    def verify(self, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Logits [B, T, V] of the attached model at ``tokens``, given their s(0) [B, T, d]: the shadow does not run."""
         output = decoder_of(self.model.base)(
             input_ids=tokens,
@@ -82,15 +85,15 @@ def make_passes(
         num_known = network.backbone.get_input_embeddings().num_embeddings
         if num_known != num_tokens:
             raise ConfigError(
-                f"the shadow knows {num_known} tokens and the base's head {num_tokens}; both must have the same vocabulary "
-                "for the shadow to draft: generate without speculative="
+                f"the shadow knows {num_known} tokens and the base's head {num_tokens}; to draft, both need the same "
+                "vocabulary: generate without speculative="
             )
     if draft_vocabulary is None:
         return Passes(model=model, network=network, cache=cache, options=options)
     ids = torch.tensor(sorted({int(token) for token in draft_vocabulary}), device=head.weight.device)
     if ids[0] < 0 or ids[-1] >= num_tokens:
         raise ConfigError(
-            f"draft_vocabulary holds token ids from {int(ids[0])} to {int(ids[-1])}; the base's are 0 to {num_tokens - 1}"
+            f"draft_vocabulary has token ids from {int(ids[0])} to {int(ids[-1])}; the base's are 0 to {num_tokens - 1}"
         )
     return Passes(
         model=model,
@@ -104,10 +107,12 @@ def make_passes(
 
 
 def draft_cost(passes: Passes) -> float:
-    """Weights read by one draft over weights read by one attached step: the ratio of their times where reading decides."""
+    """Weights read by one draft over those read by one attached step: the ratio of times where reading decides."""
     model, network = passes.model, passes.network
     head = model.get_output_embeddings().weight
-    shadow = _num_bytes(network.backbone) + sum(w.nbytes for w in (getattr(network.projection, "weight", None),) if w is not None)
+    shadow = _num_bytes(network.backbone) + sum(
+        w.nbytes for w in (getattr(network.projection, "weight", None),) if w is not None
+    )
     if not network.config.shares_embeddings:
         shadow -= network.backbone.get_input_embeddings().weight.nbytes
     draft_head = head.nbytes if passes.draft_weight is None else passes.draft_weight.nbytes

@@ -22,8 +22,8 @@ def why_not_croppable(cache: Cache, final_length: int) -> str | None:
         if type(layer) is StaticSlidingWindowLayer:
             if final_length > layer.max_cache_len:
                 return (
-                    f"a static layer with a window of {layer.max_cache_len} overwrites older tokens, and {final_length} may come; "
-                    "use a dynamic cache"
+                    f"a static layer with a window of {layer.max_cache_len} overwrites old tokens, and {final_length} "
+                    "may come; use a dynamic cache"
                 )
         elif type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
             return f"a layer of type {type(layer).__name__} cannot give up its last tokens; use a dynamic cache"

@@ -34,7 +34,9 @@ class Scoring:
     def drafts_need_prefix(self) -> bool:
         return bool(self.processors) or self.draft_processor is not None
 
-    def draft(self, logits: Tensor, prefix: Tensor | None, *, with_confidence: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def draft(
+        self, logits: Tensor, prefix: Tensor | None, *, with_confidence: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """One draft a row.
 
         Args:

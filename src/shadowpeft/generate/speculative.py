@@ -1,12 +1,13 @@
 """Lossless speculative decoding with the shadow as draft of the model it is attached to.
 
 A round: the shadow drafts k tokens behind the pending one; the base looks at all k + 1 places in one pass that *reuses*
-the s(0) made while drafting; drafts are accepted by Algorithm 1 of Leviathan et al. 2023; the joint cache gives up the rest.
+the s(0) made while drafting; drafts are accepted by Algorithm 1 of Leviathan et al. 2023; the joint cache gives up the
+rest.
 
-Several rows accept different numbers, but their cache is one rectangle. All rows advance by the smallest number, and what a
-row accepted beyond it is kept as settled: it takes the place of drafts in the next round and is not tested again. So columns
-of the cache stay those of the sequences, for windows and static layers too, and no keys are moved; the price is that the
-base looks at surplus tokens twice.
+Several rows accept different numbers, but their cache is one rectangle. All rows advance by the smallest number, and
+what a row accepted beyond it is kept as settled: it takes the place of drafts in the next round and is not tested
+again. So columns of the cache stay those of the sequences, for windows and static layers too, and no keys are moved;
+the price is that both networks look at surplus tokens twice.
 """
 
 import time
@@ -20,13 +21,15 @@ from transformers.generation import BaseStreamer
 
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.generate.acceptance import accept_greedy, accept_sampled
+from shadowpeft.generate.compiled import CompiledPasses
 from shadowpeft.generate.config import SpeculativeConfig
-from shadowpeft.generate.draft import Known, Places, draft
+from shadowpeft.generate.draft import Known, draft
 from shadowpeft.generate.length import DraftLength
 from shadowpeft.generate.passes import Passes, draft_cost, make_passes
 from shadowpeft.generate.rollback import recording, roll_back
 from shadowpeft.generate.scoring import Scoring
 from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatistics, report
+from shadowpeft.generate.timeline import Timeline
 from shadowpeft.generate.written import Written
 from shadowpeft.model.tasks import ShadowModelForCausalLM
 
@@ -50,10 +53,10 @@ def decode(
     prefill = model._prefill(input_ids, generation_config, model_kwargs)
     cache: Cache = prefill.past_key_values
     written = Written(input_ids, stopping_criteria, generation_config, streamer)
-    options = {name: value for name, value in model_kwargs.items() if name not in _OWN and not name.startswith("output_")}
-    passes = make_passes(
-        model, network, cache, options=options, draft_vocabulary=speculative.draft_vocabulary
-    )
+    options = {
+        name: value for name, value in model_kwargs.items() if name not in _OWN and not name.startswith("output_")
+    }
+    passes = make_passes(model, network, cache, options=options, draft_vocabulary=speculative.draft_vocabulary)
     scoring = Scoring(
         do_sample=bool(generation_config.do_sample),
         processors=logits_processor,
@@ -65,26 +68,39 @@ def decode(
     # The first token is plain; only its prefix is the prompt itself.
     scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
     written.append(scoring.choose(scores)[:, None], scores[:, None], logits)
-    timeline = _Timeline.behind_prefill(cache, model_kwargs, rows=input_ids.shape[0])
+    timeline = Timeline.behind_prefill(cache, model_kwargs)
+    compiled = None
+    if speculative.compile_options is not None:
+        compiled = CompiledPasses(eager=passes, options=speculative.compile_options)
     with recording(cache):
-        statistics = _rounds(passes, scoring, written, timeline, speculative, generation_config.max_length)
+        statistics = _rounds(
+            compiled or passes,
+            scoring,
+            written,
+            timeline,
+            speculative,
+            length=DraftLength(
+                speculative.num_draft_tokens, adaptive=speculative.adaptive, draft_cost=draft_cost(passes)
+            ),
+            max_length=generation_config.max_length,
+        )
     report(statistics)
     return written.output(cache, statistics)
 
 
 def _rounds(
-    passes: Passes,
+    passes: Passes | CompiledPasses,
     scoring: Scoring,
     written: Written,
-    timeline: "_Timeline",
+    timeline: Timeline,
     speculative: SpeculativeConfig,
+    *,
+    length: DraftLength,
     max_length: int,
 ) -> SpeculativeStatistics:
     """Rounds until every row is finished."""
-    length = DraftLength(
-        speculative.num_draft_tokens, adaptive=speculative.adaptive, draft_cost=draft_cost(passes)
-    )
-    known: Known | None = None
+    # A row may have finished with its first token.
+    known = written.remaining(Known.nothing_behind(written.sequences), 0, max_drafts=speculative.num_draft_tokens)
     totals = dict.fromkeys(("num_rounds", "num_drafted", "num_accepted", "num_generated", "num_row_rounds"), 0)
     drafting, started = 0.0, time.perf_counter()
     while not written.is_finished:
@@ -127,7 +143,7 @@ def _rounds(
 
 
 def _settle(window: Tensor, num_accepted: Tensor, behind: Tensor, known: Known | None) -> Known:
-    """All that is settled behind the pending token after a round: what was known, accepted drafts, the base's own token."""
+    """All that is settled behind the pending token: what was known, accepted drafts, the base's own token."""
     tokens = torch.cat([window[:, 1:], behind[:, None]], 1).scatter_(1, num_accepted[:, None], behind[:, None])
     count = num_accepted + 1
     if known is None:
@@ -163,38 +179,3 @@ def _count(num_accepted: Tensor, settled: Known, known: Known | None, written: W
         num_tested=sum(max(number, 0) for number in tested),
         num_accepted=sum(max(accepted - lead, 0) for _, accepted, lead, _ in rows),
     )
-
-
-class _Timeline:
-    """Positions and padding of the tokens behind the cache.
-
-    Args:
-        position_ids: [B or 1, 1], the pending token's.
-        attention_mask: [B, cached], or None without padding.
-    """
-
-    def __init__(self, position_ids: Tensor, attention_mask: Tensor | None) -> None:
-        self._position_ids = position_ids
-        self._mask = attention_mask
-
-    @classmethod
-    def behind_prefill(cls, cache: Cache, model_kwargs: dict[str, Any], *, rows: int) -> "_Timeline":
-        num_cached = int(cache.get_seq_length())
-        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
-        if positions is None:
-            device = cache.layers[0].keys.device
-            positions = torch.full((1, 1), num_cached - 1, device=device)
-        return cls(positions[:, -1:] + 1, None if mask is None else mask[:, :num_cached])
-
-    def places(self, num_tokens: int) -> Places:
-        """Places of the pending token and those behind it."""
-        offsets = torch.arange(num_tokens, device=self._position_ids.device)
-        mask = self._mask
-        if mask is not None:
-            mask = torch.cat([mask, mask.new_ones((mask.shape[0], num_tokens))], 1)
-        return Places(position_ids=self._position_ids + offsets, attention_mask=mask)
-
-    def advance(self, num_tokens: int) -> None:
-        self._position_ids = self._position_ids + num_tokens
-        if self._mask is not None:
-            self._mask = torch.cat([self._mask, self._mask.new_ones((self._mask.shape[0], num_tokens))], 1)

@@ -33,7 +33,7 @@ class SpeculativeStatistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted share of the drafted tokens that were tested, 0 if none was. A rejection ends the test of a round."""
+        """Accepted share of the drafts that were tested, 0 if none was. A rejection ends the test of a round."""
         return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
 
     @property

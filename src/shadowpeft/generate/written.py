@@ -44,7 +44,7 @@ class Written:
             scores, logits: [B, >= T, V], what each column was chosen from, after and before processors.
 
         Returns:
-            The number of columns added: past a row's end its cached drafts are not the padding that plain decoding caches.
+            The number of columns added. Past a row's end, its cached drafts are not the padding of plain decoding.
         """
         for index, column in enumerate(tokens.unbind(1)):
             if self._pad is not None:
