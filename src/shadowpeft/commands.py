@@ -17,6 +17,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.modes import parameters_in_use, score_modes
 from shadowpeft.evaluate.record import data_revision, write_record
 from shadowpeft.evaluate.score import majority_baseline
+from shadowpeft.generate import SpeculativeConfig, as_speculative, collect_statistics
 from shadowpeft.model import ARCHITECTURES, ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
@@ -170,9 +171,15 @@ def generate(
     temperature: float,
     top_p: float,
     seed: int,
+    speculative: str | None = None,
     allow_other_weights: bool,
 ) -> None:
-    """Prints one answer for each prompt."""
+    """Prints one answer for each prompt, and with ``speculative`` how the drafts fared.
+
+    Raises:
+        ConfigError: ``speculative`` is neither a number nor "auto", or the mode has no shadow beside its base.
+    """
+    drafts = None if speculative is None else _drafts(speculative, mode)
     model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
     torch.manual_seed(seed)
     config = GenerationConfig(
@@ -182,10 +189,21 @@ def generate(
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    for prompt in prompts:
-        ids = torch.tensor([_prompt_ids(prompt, task, tokenizer)])
-        answer = _model_for(mode, model, ids, config)
-        console.print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True), markup=False)
+    with collect_statistics() as collected:
+        for prompt in prompts:
+            ids = torch.tensor([_prompt_ids(prompt, task, tokenizer)])
+            answer = _model_for(mode, model, ids, config, drafts)
+            console.print(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True), markup=False)
+    num_drafted, num_accepted = sum(s.num_drafted for s in collected), sum(s.num_accepted for s in collected)
+    if num_drafted:
+        console.print(f"{num_accepted} of {num_drafted} drafted tokens accepted", style="dim")
+
+
+def _drafts(speculative: str, mode: str) -> SpeculativeConfig:
+    if mode != "attached":
+        raise ConfigError(f"--speculative drafts for the attached model, but --mode is {mode}; leave one of them out")
+    is_number = speculative.removeprefix("-").isdecimal()
+    return as_speculative(int(speculative) if is_number else speculative)
 
 
 def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -196,7 +214,9 @@ def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBas
     return prompt_ids(chosen, tokenizer, row, 10**6)
 
 
-def _model_for(mode: str, model: ShadowModel, ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+def _model_for(
+    mode: str, model: ShadowModel, ids: torch.Tensor, config: GenerationConfig, drafts: SpeculativeConfig | None
+) -> torch.Tensor:
     options = {"attention_mask": torch.ones_like(ids), "generation_config": config}
     if mode == "detached":
         return model.detach().generate(ids, **options)
@@ -205,7 +225,7 @@ def _model_for(mode: str, model: ShadowModel, ids: torch.Tensor, config: Generat
             return model.generate(ids, **options)
     if mode != "attached":
         raise ConfigError(f"unknown mode {mode!r}; choose from base, attached, detached")
-    return model.generate(ids, **options)
+    return model.generate(ids, speculative=drafts, **options)
 
 
 def info(adapter: str | None, console: Console) -> None:

@@ -1,7 +1,7 @@
 """Speculative decoding with the shadow as its own model's draft."""
 
 from shadowpeft.generate.api import SpeculativeFallbackWarning, generate
-from shadowpeft.generate.config import SpeculativeConfig
+from shadowpeft.generate.config import SpeculativeConfig, as_speculative
 from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatistics, collect_statistics
 from shadowpeft.model.tasks import DECODERS
 
@@ -12,5 +12,6 @@ __all__ = [
     "SpeculativeFallbackWarning",
     "SpeculativeOutput",
     "SpeculativeStatistics",
+    "as_speculative",
     "collect_statistics",
 ]
