@@ -2,6 +2,7 @@
 
 from shadowpeft._version import __version__
 from shadowpeft.core import ShadowConfig, ShadowNetwork, ShadowRun
+from shadowpeft.generate import SpeculativeConfig, collect_statistics
 from shadowpeft.model import (
     ShadowModel,
     ShadowModelForCausalLM,
@@ -16,6 +17,8 @@ __all__ = [
     "ShadowModelForSequenceClassification",
     "ShadowNetwork",
     "ShadowRun",
+    "SpeculativeConfig",
     "__version__",
+    "collect_statistics",
     "get_shadow_model",
 ]

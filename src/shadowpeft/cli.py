@@ -121,6 +121,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(help="nucleus of sampling")] = 1.0,
     seed: Annotated[int, typer.Option(help="seed of sampling")] = 0,
+    speculative: Annotated[
+        str | None, typer.Option(help="let the shadow draft so many tokens a round, or 'auto'; the answers stay the same")
+    ] = None,
     allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
 ) -> None:
     """Answer prompts with a saved adapter."""
@@ -135,6 +138,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        speculative=speculative,
         allow_other_weights=allow_other_weights,
     )
 

@@ -23,6 +23,7 @@ from shadowpeft.evaluate.modes import MODES, check_modes, parameters_in_use, sco
 from shadowpeft.evaluate.record import data_revision, write_record
 from shadowpeft.evaluate.score import majority_baseline
 from shadowpeft.files import write_files
+from shadowpeft.generate import SpeculativeConfig, as_speculative, collect_statistics
 from shadowpeft.model import ARCHITECTURES, ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
@@ -211,18 +212,20 @@ def generate(
     temperature: float,
     top_p: float,
     seed: int,
+    speculative: str | None = None,
     allow_other_weights: bool,
 ) -> None:
-    """Prints one answer for each prompt; a classifier's answer is a label.
+    """Prints one answer for each prompt, and with ``speculative`` how the drafts fared; a classifier's answer is a label.
 
     Raises:
-        ConfigError: a setting out of its range.
+        ConfigError: a setting out of its range, or ``speculative`` where there is no shadow beside its base.
         DataError: an empty prompt.
     """
     require(mode in MODES, "mode", mode, f"one of {', '.join(MODES)}")
     require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
     require(temperature >= 0, "temperature", temperature, "at least 0")
     require(0 < top_p <= 1, "top_p", top_p, "a share above 0, up to 1")
+    options = {} if speculative is None else {"speculative": _drafts(speculative, mode)}
     model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
     if task is not None:
         _check_kind(task_named(task), model)
@@ -235,22 +238,33 @@ def generate(
         eos_token_id=tokenizer.eos_token_id,
     )
     speaker = model.detach() if mode == "detached" else model
-    for number, prompt in enumerate(prompts, start=1):
-        ids = torch.tensor([_prompt_ids(prompt, task, tokenizer)], device=model.device)
-        if not ids.numel():
-            raise DataError(f"prompt {number} is empty; write something to answer")
-        with model.disable_adapter() if mode == "base" else nullcontext():
-            answer = _answer(speaker, tokenizer, ids, config)
-        console.print(answer, markup=False, highlight=False, soft_wrap=True)
+    with collect_statistics() as collected:
+        for number, prompt in enumerate(prompts, start=1):
+            ids = torch.tensor([_prompt_ids(prompt, task, tokenizer)], device=model.device)
+            if not ids.numel():
+                raise DataError(f"prompt {number} is empty; write something to answer")
+            with model.disable_adapter() if mode == "base" else nullcontext():
+                answer = _answer(speaker, tokenizer, ids, generation_config=config, **options)
+            console.print(answer, markup=False, highlight=False, soft_wrap=True)
+    num_drafted, num_accepted = sum(s.num_drafted for s in collected), sum(s.num_accepted for s in collected)
+    if num_drafted:
+        console.print(f"{num_accepted} of {num_drafted} drafted tokens accepted", style="dim")
 
 
 @torch.no_grad()
-def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, config: GenerationConfig) -> str:
+def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor, **options: Any) -> str:
     mask = torch.ones_like(ids)
     if not model.can_generate():
         return model.config.id2label[int(model(ids, attention_mask=mask).logits.argmax())]
-    answer = model.generate(ids, attention_mask=mask, generation_config=config)
+    answer = model.generate(ids, attention_mask=mask, **options)
     return str(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _drafts(speculative: str, mode: str) -> SpeculativeConfig:
+    if mode != "attached":
+        raise ConfigError(f"--speculative drafts for the attached model, but --mode is {mode}; leave one of them out")
+    is_number = speculative.removeprefix("-").isdecimal()
+    return as_speculative(int(speculative) if is_number else speculative)
 
 
 def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:

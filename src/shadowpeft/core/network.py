@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shadowpeft.core import inference
 from shadowpeft.core.config import ShadowConfig
 from shadowpeft.core.kernels import StepSpec, StepWeights, fused_step, step_backend
 from shadowpeft.core.step import Injection, Update
@@ -87,6 +88,8 @@ class ShadowNetwork(nn.Module):
             ``(h(l), s(l-1))`` for l past the first refined block; in front of the first one s is s(0), unchanged;
             and in front of blocks that are not refined, ``h`` and ``s`` themselves.
         """
+        if not (self.training or torch.is_grad_enabled()):
+            return inference.step(self, block_index, h, s)
         index = block_index - self.config.first_block
         if index < 0:
             return h, s

@@ -1,5 +1,6 @@
 """The two task models: causal language modelling and sequence classification."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,11 @@ from shadowpeft.core.losses import combine, pool_last_token, sequence_classifica
 from shadowpeft.model.architectures import architecture_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.wrapper import ShadowModel
+
+
+# Ways of decoding beyond transformers' own, by the keyword of ``generate`` that asks for them. ``shadowpeft.generate``
+# builds on this package, so it enters its ways here instead of being imported.
+DECODERS: dict[str, Callable[..., Any]] = {}
 
 
 @dataclass
@@ -112,6 +118,16 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             shadow_logits=self.lm_logits(initial[:, kept]) if output_shadow_logits else None,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``; with ``speculative``, the shadow drafts and nothing about the result changes.
+
+        Args:
+            speculative: draft tokens a round, ``"auto"``, or a ``SpeculativeConfig``; None decodes plainly.
+        """
+        if speculative is None:
+            return super().generate(*args, **kwargs)
+        return DECODERS["speculative"](self, *args, speculative=speculative, **kwargs)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """The base's frozen head, with whatever its architecture does to logits: [B, T, d] -> [B, T, V]."""

@@ -1,0 +1,64 @@
+"""The step between two blocks without gradients: the equations of :mod:`shadowpeft.core.step` in fewer passes.
+
+At one token a step the work is a handful of matrix-vector products, so the number of operations decides its cost. Every
+operand is read from the network at the time of the call; nothing is derived ahead, so nothing can grow stale.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from shadowpeft.core.network import ShadowNetwork
+    from shadowpeft.core.step import Injection, Update
+
+
+def step(network: "ShadowNetwork", block_index: int, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """``network.step`` for a network in evaluation mode while gradients are off; shapes and results as there."""
+    config = network.config
+    index = block_index - config.first_block
+    if index < 0:
+        return h, s
+    if index > 0 and len(network.updates):
+        update: Update = network.updates[0 if config.share_steps else index - 1]  # type: ignore[assignment]
+        norm = network.update_norm
+        z = h
+        if norm is not None:
+            z = F.layer_norm(h.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        s = advance(update, z, s)
+    injection: Injection = network.injections[0 if config.share_steps else index]  # type: ignore[assignment]
+    return correct(injection, h, s), s
+
+
+def advance(update: "Update", z: Tensor, s: Tensor) -> Tensor:
+    """Eq. 5-7: ``z`` the (normed) block output, ``s`` the state before it; the state after it, [B, T, d]."""
+    W_T1, W_G1 = update.W_T1, update.W_G1
+    z = z.to(W_T1.dtype)
+    hidden_t, hidden_g = z @ W_T1, z @ W_G1
+    if update.b_T1 is not None:
+        hidden_t += update.b_T1
+        hidden_g += update.b_G1
+    if update.config.update_activation == "silu":
+        hidden_t, hidden_g = F.silu(hidden_t, inplace=True), F.silu(hidden_g, inplace=True)
+    else:
+        hidden_t, hidden_g = F.gelu(hidden_t), F.gelu(hidden_g)
+    t, g = hidden_t @ update.W_T2, hidden_g @ update.W_G2
+    if update.b_T2 is not None:
+        t += update.b_T2
+        g += update.b_G2
+    return torch.lerp(s.to(t.dtype), t, g.sigmoid_()).to(s.dtype)
+
+
+def correct(injection: "Injection", h: Tensor, s: Tensor) -> Tensor:
+    """Eq. 2-4: the corrected input of the block, [B, T, d], in the dtype of ``h``."""
+    config = injection.config
+    W_down, W_up = injection.W_down, injection.W_up
+    source = h - s if config.inject_from == "difference" else s
+    low_rank = source.to(W_down.dtype) @ W_down
+    if h.dtype != W_up.dtype:
+        return torch.add(h, (low_rank @ W_up).to(h.dtype), alpha=config.shadow_alpha)
+    width, rank = h.shape[-1], low_rank.shape[-1]
+    rows = torch.addmm(h.reshape(-1, width), low_rank.reshape(-1, rank), W_up, alpha=config.shadow_alpha)
+    return rows.view_as(h)

@@ -1,0 +1,148 @@
+"""``generate(speculative=...)``: checks, the way through transformers' ``generate``, and back to plain decoding."""
+
+import copy
+import warnings
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    Cache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import BaseStreamer
+
+from shadowpeft.core import ShadowNetwork
+from shadowpeft.errors import ConfigError
+from shadowpeft.generate.config import SpeculativeConfig, as_speculative
+from shadowpeft.generate.rollback import why_not_croppable
+from shadowpeft.generate.speculative import decode
+from shadowpeft.generate.statistics import SpeculativeOutput
+from shadowpeft.model.tasks import ShadowModelForCausalLM
+
+
+class SpeculativeFallbackWarning(UserWarning):
+    """Speculative decoding was asked for but is not possible here; the output is that of plain decoding."""
+
+
+# Arguments of ``generate`` that choose another way of decoding.
+_OTHER_WAYS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+def generate(
+    model: ShadowModelForCausalLM, *args: Any, speculative: SpeculativeConfig | int | str, **kwargs: Any
+) -> SpeculativeOutput | Tensor:
+    """transformers' ``generate`` with the shadow as draft; arguments and results as there.
+
+    Args:
+        speculative: drafts a round, ``"auto"``, or a :class:`SpeculativeConfig`.
+
+    Returns:
+        Sequences, or with ``return_dict_in_generate=True`` a :class:`SpeculativeOutput` with statistics.
+
+    Raises:
+        ConfigError: a negative number, beam search, another way of decoding, or a call without a shadow or a cache.
+    """
+    settings = as_speculative(speculative)
+    for name in _OTHER_WAYS:
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"speculative={speculative!r} and {name}= are two ways of decoding; give one of them")
+    if kwargs.get("num_beams", 1) not in (None, 1):
+        raise ConfigError(_NO_BEAMS.format(kwargs["num_beams"]))
+    network = model._chosen(kwargs.get("adapter"))
+    if network is None:
+        raise ConfigError("speculative decoding drafts with the shadow, but this call uses the base alone")
+    method = partial(speculative_decoding, network=network, speculative=settings, streamer=kwargs.get("streamer"))
+    return GenerationMixin.generate(model, *args, custom_generate=method, **_with_stop_strings(kwargs))
+
+
+_NO_BEAMS = (
+    "speculative decoding follows one sequence a row, but num_beams={}; use num_beams=1 or leave out speculative="
+)
+
+
+def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Stop strings as a criterion, since ``generate`` takes the tokenizer away from custom decoding methods."""
+    config: GenerationConfig | None = kwargs.get("generation_config")
+    strings = kwargs.get("stop_strings") or (None if config is None else config.stop_strings)
+    tokenizer = kwargs.get("tokenizer")
+    if not strings or tokenizer is None:
+        return kwargs
+    kwargs = {name: value for name, value in kwargs.items() if name not in ("stop_strings", "tokenizer")}
+    if config is not None:
+        kwargs["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)
+    return kwargs | {"stopping_criteria": StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])}
+
+
+def speculative_decoding(
+    model: ShadowModelForCausalLM,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    network: ShadowNetwork,
+    speculative: SpeculativeConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    **model_kwargs: Any,
+) -> SpeculativeOutput | Tensor:
+    """A decoding method as transformers' ``custom_generate`` expects it; falls back with a warning where it must.
+
+    Raises:
+        ConfigError: beams, no cache, or outputs that are not recorded.
+    """
+    if generation_config.num_beams > 1:
+        raise ConfigError(_NO_BEAMS.format(generation_config.num_beams))
+    cache: Cache | None = model_kwargs.get("past_key_values")
+    if cache is None or not model_kwargs.get("use_cache"):
+        raise ConfigError(
+            "speculative decoding takes rejected tokens out of the cache, but use_cache=False; leave that out"
+        )
+    if generation_config.return_dict_in_generate and (
+        generation_config.output_attentions or generation_config.output_hidden_states
+    ):
+        raise ConfigError(
+            "output_attentions and output_hidden_states are not recorded while speculating; leave out speculative="
+        )
+    reason = why_not_croppable(cache, _final_length(input_ids, generation_config, model_kwargs))
+    if reason is not None:
+        warnings.warn(
+            f"decoding without speculation, since rejected drafts could not be removed from the cache: {reason}",
+            SpeculativeFallbackWarning,
+            stacklevel=4,
+        )
+        return GenerationMixin._sample(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+    return decode(
+        model,
+        network,
+        input_ids,
+        speculative=speculative,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        streamer=streamer,
+        model_kwargs=model_kwargs,
+    )
+
+
+def _final_length(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:
+    """Tokens the cache holds when the longest allowed sequence is complete; its last token is never cached."""
+    embeddings = model_kwargs.get("inputs_embeds")
+    before = 0 if embeddings is None or input_ids.shape[1] > 0 else embeddings.shape[1]
+    return config.max_length - 1 + before

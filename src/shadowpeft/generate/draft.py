@@ -1,0 +1,118 @@
+"""The shadow's turn: tokens ahead of the base, and their s(0), which the base will need."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shadowpeft.generate.compiled import CompiledPasses
+from shadowpeft.generate.passes import Passes
+from shadowpeft.generate.scoring import Scoring
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where the next tokens go.
+
+    Attributes:
+        position_ids: [B or 1, T] of the pending token and those behind it.
+        attention_mask: [B, cached + T], or None without padding.
+        is_fixed: the mask spans a whole static cache instead, ones behind the tokens, which causality hides.
+    """
+
+    position_ids: Tensor
+    attention_mask: Tensor | None
+    is_fixed: bool = False
+
+    def at(self, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Positions of the tokens ``start`` to ``stop`` and the mask up to the last of them."""
+        positions = self.position_ids[:, start:stop]
+        if self.attention_mask is None or self.is_fixed:
+            return positions, self.attention_mask
+        num_seen = self.attention_mask.shape[1] - self.position_ids.shape[1] + stop
+        return positions, self.attention_mask[:, :num_seen]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Tokens that are settled but not yet in the cache, as other rows are not that far.
+
+    Attributes:
+        tokens: [B, W], those behind the pending token.
+        count: [B], how many of them are settled.
+    """
+
+    tokens: Tensor
+    count: Tensor
+
+    @classmethod
+    def nothing_behind(cls, sequences: Tensor) -> "Known":
+        return cls(tokens=sequences[:, :0], count=sequences.new_zeros(sequences.shape[0]))
+
+    def instead_of(self, drafted: Tensor, place: int) -> Tensor:
+        """[B] -> [B]: the settled token at ``place`` (0: behind the pending one), where there is one."""
+        if place >= self.tokens.shape[1]:
+            return drafted
+        return torch.where(place < self.count, self.tokens[:, place], drafted)
+
+    def forced(self, num_drafts: int) -> Tensor:
+        """[B, k]: which of a round's drafts are settled."""
+        return torch.arange(num_drafts, device=self.count.device) < self.count[:, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """One round's proposal.
+
+    Attributes:
+        window: [B, k + 1], the pending token and k drafts.
+        states: [B, k + 1, d], their s(0).
+        q: [B, k, V], what the drafts were drawn from; None if greedy.
+    """
+
+    window: Tensor
+    states: Tensor
+    q: Tensor | None
+
+
+def draft(
+    passes: Passes | CompiledPasses,
+    scoring: Scoring,
+    sequences: Tensor,
+    places: Places,
+    *,
+    num_drafts: int,
+    confidence_threshold: float = 0.0,
+    known: Known | None = None,
+) -> Draft:
+    """Drafts at most ``num_drafts`` tokens behind ``sequences`` [B, T], whose last token is in no cache yet.
+
+    The shadow runs once for every token of the window, the last draft included; the last needs no head.
+    """
+    window, states, drawn_from = [sequences[:, -1:]], [], []
+    is_sure = True
+    for place in range(num_drafts):
+        if not is_sure:
+            break
+        state, logits = passes.draft_step(window[-1], *places.at(place, place + 1), with_head=True)
+        assert logits is not None
+        states.append(state)
+        prefix = torch.cat([sequences, *window[1:]], 1) if scoring.drafts_need_prefix else None
+        token, q, confidence = scoring.draft(logits[:, -1], prefix, with_confidence=confidence_threshold > 0)
+        is_sure = confidence is None or _is_any_sure(confidence, confidence_threshold, known, place)
+        token = token if known is None else known.instead_of(token, place)
+        window.append(token[:, None])
+        drawn_from.append(q)
+    last = len(window) - 1
+    states.append(passes.draft_step(window[-1], *places.at(last, last + 1), with_head=False)[0])
+    return Draft(
+        window=torch.cat(window, 1),
+        states=torch.cat(states, 1),
+        q=torch.stack(drawn_from, 1) if drawn_from and drawn_from[0] is not None else None,
+    )
+
+
+def _is_any_sure(confidence: Tensor, threshold: float, known: Known | None, place: int) -> bool:
+    """Whether a row that really drafts is confident; while one is, drafting goes on for all."""
+    sure = confidence >= threshold
+    return bool((sure if known is None else sure & (place >= known.count)).any())

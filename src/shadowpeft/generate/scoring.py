@@ -1,0 +1,90 @@
+"""From logits to tokens: one set of processors for what the shadow drafts and what the base verifies."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from shadowpeft.generate.config import DraftProcessor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How this call turns logits into tokens.
+
+    Processors see every place with its own prefix and run only if there are any; they must depend on nothing but
+    what they are given, since they are called for drafts too.
+
+    Attributes:
+        do_sample: draw tokens instead of taking the most likely one.
+        processors: those of ``generate`` (temperature, top-k, repetition penalty, ...).
+        draft_processor: runs on the draft's logits before them.
+        num_tokens: V, size of the vocabulary.
+        draft_ids: [V'], the tokens that draft logits stand for; None: all.
+    """
+
+    do_sample: bool
+    processors: LogitsProcessorList
+    draft_processor: DraftProcessor | None
+    num_tokens: int
+    draft_ids: Tensor | None = None
+
+    @property
+    def drafts_need_prefix(self) -> bool:
+        return bool(self.processors) or self.draft_processor is not None
+
+    def draft(
+        self, logits: Tensor, prefix: Tensor | None, *, with_confidence: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One draft a row.
+
+        Args:
+            logits: [B, V'] of the shadow.
+            prefix: [B, T], the tokens before; None where :attr:`drafts_need_prefix` is false.
+            with_confidence: compute the third result, else None.
+
+        Returns:
+            ``(tokens [B], the distribution [B, V] they were drawn from or None if greedy, probability of each
+            token [B])``.
+        """
+        if not (self.do_sample or self.drafts_need_prefix or with_confidence):
+            best = comparable(logits).argmax(-1)
+            return (best if self.draft_ids is None else self.draft_ids[best]), None, None
+        scores = self._over_all_tokens(logits.float())
+        if self.draft_processor is not None:
+            scores = self.draft_processor(prefix, scores)
+        if self.processors:
+            scores = self.processors(prefix, scores)
+        if self.draft_ids is not None:
+            # Processors may forbid every token that can be drafted; whatever is drafted then will be rejected.
+            scores = scores.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+        q = scores.softmax(-1) if self.do_sample or with_confidence else None
+        token = torch.multinomial(q, 1).squeeze(1) if self.do_sample else scores.argmax(-1)  # type: ignore[arg-type]
+        confidence = q.gather(1, token[:, None]).squeeze(1) if with_confidence and q is not None else None
+        return token, (q if self.do_sample else None), confidence
+
+    def _over_all_tokens(self, logits: Tensor) -> Tensor:
+        if self.draft_ids is None:
+            return logits
+        scores = logits.new_full((logits.shape[0], self.num_tokens), -torch.inf)
+        return scores.index_copy_(1, self.draft_ids, logits)
+
+    def target(self, logits: Tensor, sequences: Tensor, window: Tensor) -> Tensor:
+        """Scores [B, T, V] of the base at the T tokens of ``window``; the first of them ends ``sequences``."""
+        if not self.processors:
+            return logits.float() if self.do_sample else comparable(logits)
+        logits = logits.to(torch.float32, copy=True)
+        prefix = torch.cat([sequences, window[:, 1:]], 1)
+        start = sequences.shape[1]
+        places = [self.processors(prefix[:, : start + place], logits[:, place]) for place in range(window.shape[1])]
+        return torch.stack(places, 1)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """[B, V] -> [B]: what plain decoding does with processed scores."""
+        return torch.multinomial(scores.softmax(-1), 1).squeeze(1) if self.do_sample else scores.argmax(-1)
+
+
+def comparable(logits: Tensor) -> Tensor:
+    """Logits whose argmax is that of plain decoding, which rounds to fp32 first; narrower types lose nothing by it."""
+    return logits.float() if logits.dtype == torch.float64 else logits

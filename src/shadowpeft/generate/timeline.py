@@ -1,0 +1,52 @@
+"""Positions and padding of the tokens behind the cache."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import StaticLayer
+
+from shadowpeft.generate.draft import Places
+
+
+class Timeline:
+    """Where the next tokens of a call go.
+
+    Args:
+        position_ids: [B or 1, 1], the pending token's.
+        attention_mask: [B, cached], or [B, length of the cache] where that is fixed, or None without padding.
+    """
+
+    def __init__(self, position_ids: Tensor, attention_mask: Tensor | None, *, is_fixed: bool) -> None:
+        self._position_ids = position_ids
+        self._mask = attention_mask
+        self._is_fixed = is_fixed
+
+    @classmethod
+    def behind_prefill(cls, cache: Cache, model_kwargs: dict[str, Any]) -> "Timeline":
+        num_cached = int(cache.get_seq_length())
+        mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full((1, 1), num_cached - 1, device=cache.layers[0].keys.device)
+        is_fixed = any(isinstance(layer, StaticLayer) for layer in cache.layers)
+        if mask is not None:
+            mask = mask[:, :num_cached]
+            mask = _lengthen(mask, cache.get_max_length() - num_cached) if is_fixed else mask
+        return cls(positions[:, -1:] + 1, mask, is_fixed=is_fixed)
+
+    def places(self, num_tokens: int) -> Places:
+        """Places of the pending token and those behind it."""
+        offsets = torch.arange(num_tokens, device=self._position_ids.device)
+        mask = self._mask if self._is_fixed else _lengthen(self._mask, num_tokens)
+        return Places(position_ids=self._position_ids + offsets, attention_mask=mask, is_fixed=self._is_fixed)
+
+    def advance(self, num_tokens: int) -> None:
+        """Moves past ``num_tokens`` tokens that the cache holds now."""
+        self._position_ids = self._position_ids + num_tokens
+        if not self._is_fixed:
+            self._mask = _lengthen(self._mask, num_tokens)
+
+
+def _lengthen(mask: Tensor | None, num_tokens: int) -> Tensor | None:
+    return None if mask is None else torch.cat([mask, mask.new_ones((mask.shape[0], num_tokens))], 1)

@@ -1,0 +1,216 @@
+"""Everything around the loop: how it is called, what it returns, and what it refuses."""
+
+import copy
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    GenerationConfig,
+    MaxTimeCriteria,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import BaseStreamer
+
+from models import tiny_base, tokens
+from shadowpeft import SpeculativeConfig, collect_statistics, get_shadow_model
+from shadowpeft.errors import ConfigError
+from shadowpeft.generate import SpeculativeOutput
+from speculation import adapted, oracle
+
+NEW, LENGTH = 10, 7
+
+
+def greedy(model, ids=None, **options):
+    return model.generate(ids, **{"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False} | options)
+
+
+def rigged(sequences, wrong_every=3):
+    return SpeculativeConfig(num_draft_tokens=4, draft_processor=oracle(sequences, wrong_every=wrong_every))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return adapted("qwen3", num_hidden_layers=2)
+
+
+class Collects(BaseStreamer):
+    def __init__(self):
+        self.tokens, self.has_ended = [], False
+
+    def put(self, value):
+        self.tokens.append(value.clone())
+
+    def end(self):
+        self.has_ended = True
+
+
+def test_a_streamer_gets_the_prompt_then_every_token_once(model):
+    ids = tokens(1, LENGTH)
+    streamer = Collects()
+    plain = greedy(model, ids)
+    greedy(model, ids, speculative=rigged(plain), streamer=streamer)
+    assert torch.equal(torch.cat([part.reshape(1, -1) for part in streamer.tokens], 1), plain)
+    assert streamer.has_ended
+    assert [part.numel() for part in streamer.tokens[1:]] == [1] * NEW
+
+
+class StopsAt(StoppingCriteria):
+    """Stops each row at its own length."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.tensor([input_ids.shape[1] >= LENGTH + 3 + row for row in range(len(input_ids))])
+
+
+def test_stopping_criteria_of_the_caller_end_rows_as_in_plain_decoding(model):
+    ids = tokens(3, LENGTH)
+    options = {"stopping_criteria": StoppingCriteriaList([StopsAt(), MaxTimeCriteria(1000.0)])}
+    plain = greedy(model, ids, **options)
+    assert plain.shape[1] < LENGTH + NEW
+    assert torch.equal(greedy(model, ids, speculative=rigged(greedy(model, ids)), **options), plain)
+
+
+def test_stop_strings_end_the_text(model):
+    # transformers looks for stop strings by the way its own sample text comes out of the tokenizer.
+    vocabulary = {"abcdef": 0, **{f"t{index}": index for index in range(1, 97)}}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="abcdef")))
+    ids = tokens(1, LENGTH)
+    free = greedy(model, ids)
+    options = {"stop_strings": f"t{free[0, LENGTH + 4]}", "tokenizer": tokenizer, "min_new_tokens": None}
+    plain = greedy(model, ids, **options)
+    assert plain.shape[1] < free.shape[1]
+    assert torch.equal(greedy(model, ids, speculative=rigged(free), **options), plain)
+
+
+def test_input_embeddings_give_the_tokens_that_their_ids_give(model):
+    ids = tokens(2, LENGTH)
+    plain = greedy(model, ids)
+    drafted = greedy(model, inputs_embeds=model.get_input_embeddings()(ids), speculative=rigged(plain[:, LENGTH:]))
+    assert torch.equal(drafted, plain[:, LENGTH:])
+
+
+def test_generation_continues_from_a_returned_cache(model):
+    ids = tokens(2, LENGTH)
+    free = greedy(model, ids)
+    first = greedy(model, ids, speculative=rigged(free), return_dict_in_generate=True)
+    more = torch.cat([first.sequences, tokens(2, 3, seed=9)], 1)
+    expected = greedy(model, more)
+    for ids_given in (more, more[:, LENGTH + NEW - 1 :]):
+        cache = copy.deepcopy(first.past_key_values)
+        options = {"past_key_values": cache, "attention_mask": torch.ones_like(more)}
+        rig = rigged(expected[:, more.shape[1] - ids_given.shape[1] :])
+        continued = greedy(model, ids_given, speculative=rig, **options)
+        assert torch.equal(continued[:, -NEW:], expected[:, -NEW:])
+
+
+def test_several_sequences_for_one_prompt_are_rows(model):
+    ids = tokens(2, LENGTH)
+    plain = greedy(model, ids)
+    assert torch.equal(greedy(model, ids, num_return_sequences=1, speculative=2), plain)
+    torch.manual_seed(0)
+    assert model.generate(ids, do_sample=True, num_return_sequences=3, max_new_tokens=5, speculative=2).shape == (6, 12)
+
+
+def test_scores_and_logits_are_those_of_plain_decoding(model):
+    ids = tokens(2, LENGTH)
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
+    plain = greedy(model, ids, **options)
+    drafted = greedy(model, ids, speculative=rigged(plain.sequences), **options)
+    assert isinstance(drafted, SpeculativeOutput)
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(torch.stack(drafted[name]), torch.stack(plain[name]))
+
+
+def test_statistics_are_returned_and_can_be_collected_from_outside(model):
+    ids = tokens(2, LENGTH)
+    plain = greedy(model, ids)
+    with collect_statistics() as collected:
+        out = greedy(model, ids, speculative=rigged(plain), return_dict_in_generate=True)
+        greedy(model, ids, speculative=rigged(plain))
+    greedy(model, ids, speculative=2)
+    assert len(collected) == 2
+    assert collected[0] is out.statistics
+    statistics = out.statistics
+    assert statistics.num_generated == 2 * (NEW - 1)
+    assert 0 < statistics.num_accepted < statistics.num_drafted
+    assert 0 < statistics.drafting_share < 1
+    assert statistics.mean_accepted_length == statistics.num_generated / statistics.num_row_rounds
+
+
+def test_the_adapter_can_be_chosen_for_one_call():
+    model, ids = adapted(num_hidden_layers=2), tokens(1, LENGTH)
+    model.add_adapter("other", model.shadow_config)
+    plain = greedy(model, ids, adapter="other")
+    assert torch.equal(greedy(model, ids, adapter="other", speculative=rigged(plain)), plain)
+    with model.using_adapter("other"):
+        assert torch.equal(greedy(model, ids, speculative=3), plain)
+
+
+def test_a_call_leaves_nothing_on_the_model(model):
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    greedy(model, tokens(1, LENGTH), speculative=3)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_the_detached_shadow_serves_as_an_assistant_model(model):
+    ids = tokens(1, LENGTH)
+    assert torch.equal(greedy(model, ids, assistant_model=model.detach()), greedy(model, ids))
+
+
+@pytest.mark.parametrize("value", [-1, True, 2.5, "often"])
+def test_a_bad_number_of_drafts_is_refused(model, value):
+    with pytest.raises(ConfigError, match="is not valid: expected the number of draft tokens"):
+        greedy(model, tokens(1, LENGTH), speculative=value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_draft_tokens": -2}, {"confidence_threshold": 1.0}, {"draft_vocabulary": []}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_settings_out_of_range_are_refused(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        SpeculativeConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 3}, "num_beams=3; use num_beams=1"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2; use num_beams=1"),
+        ({"use_cache": False}, "use_cache=False"),
+        ({"prompt_lookup_num_tokens": 2}, "two ways of decoding"),
+        ({"adapter": "__base__"}, "uses the base alone"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, "not recorded"),
+    ],
+)
+def test_what_does_not_go_with_drafting_is_refused(model, options, message):
+    with pytest.raises(ConfigError, match=message):
+        greedy(model, tokens(1, LENGTH), speculative=2, **options)
+
+
+def test_draft_tokens_outside_the_vocabulary_are_refused(model):
+    with pytest.raises(ConfigError, match="from 3 to 97; the base's are 0 to 96"):
+        greedy(model, tokens(1, LENGTH), speculative=SpeculativeConfig(draft_vocabulary=[3, 97]))
+
+
+def test_a_shadow_of_another_vocabulary_is_refused(tmp_path):
+    tiny_base(num_hidden_layers=2).save_pretrained(tmp_path)
+    base = tiny_base(num_hidden_layers=2)
+    model = get_shadow_model(base, adapted().shadow_config.replace(shadow_model=str(tmp_path)))
+    base.resize_token_embeddings(101, mean_resizing=False)
+    with pytest.raises(ConfigError, match="the shadow knows 97 tokens and the base's head 101"):
+        greedy(model, tokens(1, LENGTH), speculative=2)
+
+
+def test_both_passes_compile_as_whole_graphs_over_a_static_cache(model):
+    ids = torch.nn.functional.pad(tokens(2, LENGTH), (2, 0))
+    length = {"max_new_tokens": 5, "min_new_tokens": 5}
+    options = {"attention_mask": (ids != 0).long(), "cache_implementation": "static", **length}
+    plain = greedy(model, ids, **options)
+    settings = SpeculativeConfig(num_draft_tokens=1, compile_options={"backend": "eager"})
+    for _ in range(2):
+        assert torch.equal(greedy(model, ids, speculative=settings, **options), plain)
