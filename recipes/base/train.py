@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--max-steps", type=int, default=-1, help="for a trial run")
+    parser.add_argument("--max-steps", type=int, default=1000, help="of 4,096 tokens; -1: whole epochs")
     parser.add_argument("--work", type=Path, default=Path("runs/base"), help="checkpoints; resumed from if present")
     args = parser.parse_args()
 
