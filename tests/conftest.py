@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 # Before torch is imported. Tiny tensors gain nothing from threads, which spin while they wait: on two cores
@@ -15,6 +16,13 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Before shadowpeft is imported: every call of the equations then checks the shapes in its signature.
+SHAPED = ["shadowpeft.core.step", "shadowpeft.core.network"]
+if all(find_spec(name) for name in ("jaxtyping", "beartype")):
+    from jaxtyping import install_import_hook
+
+    install_import_hook(SHAPED, "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

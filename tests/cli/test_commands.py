@@ -114,7 +114,7 @@ def test_training_leaves_config_metrics_report_curves_and_adapter(run_folder, be
     assert all(len(score["generations"]) == score["n"] == 6 for score in report["scores"].values())
     assert report["parameters"]["base"] == 0 < report["parameters"]["detached"] < report["parameters"]["attached"]
     assert report["majority"] == pytest.approx(1 / 3)
-    assert (report["steps"], report["num_train_rows"], report["config"]["task"]) == (8, 16, "intent")
+    assert (report["steps"], report["num_train_rows"], report["config"]["task"]) == (8, 17, "intent")
     assert {"commit", "versions", "hardware"} <= report["origin"].keys()
     readable = (run_folder / "report.md").read_text()
     assert [line.split("|")[1].strip() for line in readable.splitlines()[2:]] == [

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from shadowpeft.core.config import ShadowConfig
+from shadowpeft.core.shapes import States
 from shadowpeft.core.step import Injection, Update
 
 
@@ -74,7 +75,7 @@ class ShadowNetwork(nn.Module):
         """Eq. 10: [B, T, d_s] -> [B, T, d]."""
         return hidden if self.projection is None else self.projection(hidden.to(self.projection.weight.dtype))
 
-    def step(self, block_index: int, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, block_index: int, h: States, s: States) -> tuple[States, States]:
         """What happens in front of one block: update s from the last block's output, then correct its input.
 
         Args:
