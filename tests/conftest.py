@@ -1,5 +1,6 @@
 """Settings of every test: no network, one thread, one seed."""
 
+import inspect
 import os
 import sys
 from importlib.util import find_spec
@@ -28,3 +29,17 @@ if all(find_spec(name) for name in ("jaxtyping", "beartype")):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def without_shape_checks(monkeypatch):
+    """Takes the checks off for one test: torch.compile does not trace through them."""
+    from shadowpeft.core import network, step
+
+    owners = [step, network, step.Injection, step.Update, network.ShadowNetwork]
+    for owner in owners:
+        for name, value in list(vars(owner).items()):
+            if inspect.isfunction(value):
+                monkeypatch.setattr(owner, name, inspect.unwrap(value))
+            elif isinstance(value, property):
+                monkeypatch.setattr(owner, name, property(inspect.unwrap(value.fget)))

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
-from models import tiny_config
 from torch import nn
 
+from models import tiny_config
 from shadowpeft.core import step
 from shadowpeft.core.network import ShadowNetwork
 

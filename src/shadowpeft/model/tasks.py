@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassi
 
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.losses import causal_lm_loss, combine, pool_last_token, sequence_classification_loss
+from shadowpeft.errors import AdapterError
 from shadowpeft.model.architectures import architecture_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.wrapper import ShadowModel
@@ -41,6 +42,28 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
 
 class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
     """A frozen causal language model adapted by a shadow."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with everything it offers but LayerSkip (``assistant_early_exit``).
+
+        Raises:
+            NotImplementedError: LayerSkip, which runs the base on its first blocks alone.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("assistant_early_exit", config.assistant_early_exit) is not None:
+            raise NotImplementedError(
+                "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
+                "shadow instead: generate(..., assistant_model=model.detach())"
+            )
+        return super().generate(*args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "continuous batching (generate_batch) pages the base's cache, which has no room for the shadow's; use "
+            "generate() with a padded batch"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def forward(
         self,
@@ -75,6 +98,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             **({} if position_ids is None else {"position_ids": position_ids}),
             **kwargs,
         )
+        refuse_rows(kwargs)
         network = self._chosen(adapter)
         if network is None:
             if labels is not None:
@@ -145,6 +169,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
             **({} if position_ids is None else {"position_ids": position_ids}),
             **kwargs,
         )
+        refuse_rows(kwargs)
         network = self._chosen(adapter)
         if network is None:
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
@@ -194,6 +219,12 @@ def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: 
         AdapterError: it already carries a shadow.
     """
     return task_model_class(base)(base, config, adapter_name)
+
+
+def refuse_rows(kwargs: dict[str, Any]) -> None:
+    """Raises AdapterError for PEFT's ``adapter_names``: an adapter for each row, which this model does not have."""
+    if kwargs.get("adapter_names") is not None:
+        raise AdapterError("adapter_names is not supported: a call uses one adapter; pass adapter=NAME for each group")
 
 
 def _plain(loss: Tensor | None) -> Tensor | None:
