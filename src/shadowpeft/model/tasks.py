@@ -55,7 +55,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
                 "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
                 "shadow instead: generate(..., assistant_model=model.detach())"
             )
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
