@@ -20,11 +20,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
-from rows import PACKAGES, ROWS, SHAPES, build, check_start, main_loss, make_base, make_batch, num_trainable  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from torch import Tensor, nn
 
-from shadowpeft.evaluate.record import origin, write_record  # noqa: E402
+from rows import PACKAGES, ROWS, SHAPES, build, check_start, main_loss, make_base, make_batch, num_trainable
+from shadowpeft.evaluate.record import origin, write_record
 
 MEGABYTE = 1e6
 

@@ -1,5 +1,6 @@
 """The rules of the house, on the package itself; and each rule on code that breaks it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,15 @@ def test_no_file_holds_a_path_of_somebodys_machine():
     found = [found for path in TEXTS for found in house.places(path.name, path.read_text(encoding="utf-8"))]
     # This file and the records' test hold such paths to show that they are caught.
     assert [line for line in found if not line.startswith(("test_house_rules.py", "test_record.py"))] == []
+
+
+def test_the_table_of_defects_names_tests_that_exist():
+    path = None
+    names = re.findall(r"`([a-z_/]+\.py)?::(test_\w+)`", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
+    for file, name in names:
+        path = file or path
+        assert f"def {name}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), f"{path}::{name}"
+    assert len(names) > 30
 
 
 # ---------------------------------------------------------------- each rule bites

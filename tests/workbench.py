@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
-from models import tiny_base
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from models import tiny_base
 
 COLOURS = ("red", "green", "blue")
 THINGS = ("lamp", "door", "car", "box", "hat", "cup", "bag", "pen")

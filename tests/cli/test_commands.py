@@ -1,5 +1,6 @@
 """Every verb of the command line, in this process, on a tiny base and a few rows."""
 
+import errno
 import json
 import os
 import signal
@@ -8,11 +9,12 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from workbench import write_base, write_classification, write_intents
 
 from shadowpeft import cli
 from shadowpeft.model import bases
 from shadowpeft.train.callbacks import MetricLines
+from shadowpeft.train.checkpoints import newest_checkpoint
+from workbench import write_base, write_classification, write_intents
 
 VERBS = {"train", "eval", "generate", "info", "demo"}
 QUICK = ["--batch-size", "4", "--log-every", "1", "--shadow-intermediate-size", "24"]
@@ -114,7 +116,7 @@ def test_training_leaves_config_metrics_report_curves_and_adapter(run_folder, be
     assert all(len(score["generations"]) == score["n"] == 6 for score in report["scores"].values())
     assert report["parameters"]["base"] == 0 < report["parameters"]["detached"] < report["parameters"]["attached"]
     assert report["majority"] == pytest.approx(1 / 3)
-    assert (report["steps"], report["num_train_rows"], report["config"]["task"]) == (8, 16, "intent")
+    assert (report["steps"], report["num_train_rows"], report["config"]["task"]) == (8, 17, "intent")
     assert {"commit", "versions", "hardware"} <= report["origin"].keys()
     readable = (run_folder / "report.md").read_text()
     assert [line.split("|")[1].strip() for line in readable.splitlines()[2:]] == [
@@ -204,13 +206,35 @@ def test_a_run_killed_between_checkpoints_repeats_no_metrics_line_when_resumed(b
             shadowpeft(*train_arguments(bench, tmp_path / "run", "--save-every", 4))
     broken = tmp_path / "run" / "checkpoints" / "checkpoint-5"
     broken.mkdir()
-    for name in ("shadow_config.json", "shadow_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
-        (broken / name).write_text("")  # a checkpoint that was cut off is passed over
+    whole_one = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    for path in whole_one.iterdir():
+        (broken / path.name).write_text("")  # a checkpoint that was cut off is passed over
     code, _, err = shadowpeft("train", "--config", tmp_path / "run" / "config.yaml", "--resume")
     assert code == 0, err
     assert losses(run_folder) == losses(tmp_path / "run")
     whole, resumed = (load_file(f / "adapter" / "shadow_model.safetensors") for f in (run_folder, tmp_path / "run"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("[enforce fail at inline_container.cc:6]")]
+)
+def test_a_disk_that_fills_up_during_training_ends_in_one_line_and_keeps_the_checkpoint(
+    bench, shadowpeft, tmp_path, monkeypatch, error
+):
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if "checkpoint-4" in str(path):
+            raise error
+        save(value, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    code, _, err = shadowpeft(*train_arguments(bench, tmp_path / "run", "--save-every", 2, steps=6))
+    assert code == 2
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("error: could not save the checkpoint of step 4")
+    assert newest_checkpoint(tmp_path / "run" / "checkpoints").name == "checkpoint-2"
 
 
 # ---------------------------------------------------------------- eval, generate, info, demo

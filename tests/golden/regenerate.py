@@ -14,12 +14,11 @@ FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
 
 from models import randomise, tiny_base, tiny_config, tokens  # noqa: E402
-
 from shadowpeft import ShadowModel, get_shadow_model  # noqa: E402
 
 CURVE, ADAPTER, LOGITS = FOLDER / "loss_curve.txt", FOLDER / "adapter", FOLDER / "adapter_logits.json"
 NUM_STEPS = 20
-SHADOW = {"shadow_num_hidden_layers": 1, "shadow_hidden_size": 16, "shadow_num_attention_heads": 2, "shadow_head_dim": 8}
+SHADOW = {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2, "shadow_head_dim": 8}
 
 
 def loss_curve() -> list[tuple[float, float]]:

@@ -3,9 +3,9 @@
 import json
 
 import torch
-from golden import regenerate
 from torch.testing import assert_close
 
+from golden import regenerate
 from shadowpeft import ShadowModel
 
 # Everything is float64. BLAS libraries of different CPUs sum in different orders, which changes a product by

@@ -1,6 +1,8 @@
 """Saving and loading: exact, adapter only, and every kind of wrong file refused with one clear error."""
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -262,3 +264,42 @@ def test_the_card_names_the_base_but_no_path_of_this_machine(tmp_path):
     base.name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "local")
     assert str(tmp_path) not in (tmp_path / "local/README.md").read_text()
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_disk_that_fills_up_while_files_are_synced_leaves_the_old_checkpoint_whole(saved, monkeypatch):
+    folder, model = saved
+    expected, before = model(tokens()).logits, content(folder)
+    randomise(model.network(), seed=9)
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(SaveError, match="No space left on device; the files that were there are unchanged"):
+            model.save_pretrained(folder)
+    assert content(folder) == before
+    assert torch.equal(load(folder)(tokens()).logits, expected)
+
+
+@pytest.mark.parametrize("lost", ["shadow_config.json", "shadow_model.safetensors"])
+def test_files_of_two_saves_are_told_apart(saved, lost):
+    """As a crash between moving the two files leaves them, whichever came first."""
+    folder, model = saved
+    old = (folder / lost).read_bytes()
+    randomise(model.network(), seed=9)
+    model.save_pretrained(folder)
+    (folder / lost).write_bytes(old)
+    with pytest.raises(CheckpointError, match="come from two different saves"):
+        load(folder)
+
+
+def test_saving_twice_writes_the_same_bytes(saved):
+    folder, model = saved
+    before = content(folder)
+    model.save_pretrained(folder)
+    assert content(folder) == before

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from shadowpeft.core import inference
 from shadowpeft.core.config import ShadowConfig
 from shadowpeft.core.kernels import StepSpec, StepWeights, fused_step, step_backend
+from shadowpeft.core.shapes import States
 from shadowpeft.core.step import Injection, Update
 
 
@@ -76,7 +77,7 @@ class ShadowNetwork(nn.Module):
         """Eq. 10: [B, T, d_s] -> [B, T, d]."""
         return hidden if self.projection is None else self.projection(hidden.to(self.projection.weight.dtype))
 
-    def step(self, block_index: int, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    def step(self, block_index: int, h: States, s: States) -> tuple[States, States]:
         """What happens in front of one block: update s from the last block's output, then correct its input.
 
         Args:

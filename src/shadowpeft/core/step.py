@@ -12,38 +12,39 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shadowpeft.core.config import ShadowConfig
+from shadowpeft.core.shapes import Down, Narrow, States, Up, Wide
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
-def discrepancy(h: Tensor, s: Tensor) -> Tensor:
+def discrepancy(h: States, s: States) -> States:
     """Eq. 2: ``delta = h - s``, [B, T, d]."""
     return h - s
 
 
-def correction(delta: Tensor, W_down: Tensor, W_up: Tensor, *, dropout: float = 0.0, at: str = "bottleneck") -> Tensor:
+def correction(delta: States, W_down: Down, W_up: Up, *, dropout: float = 0.0, at: str = "bottleneck") -> States:
     """Eq. 3: ``Dropout(delta W_down) W_up``; W_down [d, r], W_up [r, d]. ``at="input"`` drops delta instead."""
     if at == "input":
         return F.dropout(delta, dropout) @ W_down @ W_up
     return F.dropout(delta @ W_down, dropout) @ W_up
 
 
-def inject(h: Tensor, correction: Tensor, alpha: float) -> Tensor:
+def inject(h: States, correction: States, alpha: float) -> States:
     """Eq. 4: ``h + alpha * correction``, in the dtype of ``h``."""
     return torch.add(h, correction.to(h.dtype), alpha=alpha)
 
 
-def transform(z: Tensor, W_1: Tensor, W_2: Tensor, *, act: Callable[[Tensor], Tensor], dropout: float = 0.0) -> Tensor:
+def transform(z: States, W_1: Narrow, W_2: Wide, *, act: Callable[[Tensor], Tensor], dropout: float = 0.0) -> States:
     """Eq. 5 and 13: ``Dropout(act(z W_1)) W_2``; W_1 [d, h_g], W_2 [h_g, d]."""
     return F.dropout(act(z @ W_1), dropout) @ W_2
 
 
-def gate(z: Tensor, W_1: Tensor, W_2: Tensor, *, act: Callable[[Tensor], Tensor]) -> Tensor:
+def gate(z: States, W_1: Narrow, W_2: Wide, *, act: Callable[[Tensor], Tensor]) -> States:
     """Eq. 6 and 14: ``sigmoid(act(z W_1) W_2)``, element-wise, [B, T, d]."""
     return torch.sigmoid(act(z @ W_1) @ W_2)
 
 
-def update(s: Tensor, g: Tensor, t: Tensor) -> Tensor:
+def update(s: States, g: States, t: States) -> States:
     """Eq. 7: ``(1 - g) * s + g * t``."""
     return torch.lerp(s, t, g)
 

@@ -13,10 +13,10 @@ from shadowpeft.core import ShadowConfig
 from shadowpeft.core.head_loss import HeadLosses, LossSpec
 from shadowpeft.core.lean import lean_graph
 from shadowpeft.core.losses import combine, pool_last_token, sequence_classification_loss, shared_head_losses
+from shadowpeft.errors import AdapterError
 from shadowpeft.model.architectures import architecture_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.wrapper import ShadowModel
-
 
 # Ways of decoding beyond transformers' own, by the keyword of ``generate`` that asks for them. ``shadowpeft.generate``
 # builds on this package, so it enters its ways here instead of being imported.
@@ -51,6 +51,28 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
 
 class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
     """A frozen causal language model adapted by a shadow."""
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with everything it offers but LayerSkip (``assistant_early_exit``).
+
+        Raises:
+            NotImplementedError: LayerSkip, which runs the base on its first blocks alone.
+        """
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("assistant_early_exit", config.assistant_early_exit) is not None:
+            raise NotImplementedError(
+                "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
+                "shadow instead: generate(..., assistant_model=model.detach())"
+            )
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(
+            "continuous batching (generate_batch) pages the base's cache, which has no room for the shadow's; use "
+            "generate() with a padded batch"
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def forward(
         self,
@@ -90,6 +112,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             **({} if position_ids is None else {"position_ids": position_ids}),
             **kwargs,
         )
+        refuse_rows(kwargs)
         network = self._chosen(adapter)
         if network is None:
             if labels is not None:
@@ -184,6 +207,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
             **({} if position_ids is None else {"position_ids": position_ids}),
             **kwargs,
         )
+        refuse_rows(kwargs)
         network = self._chosen(adapter)
         if network is None:
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
@@ -234,6 +258,12 @@ def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: 
         AdapterError: it already carries a shadow.
     """
     return task_model_class(base)(base, config, adapter_name)
+
+
+def refuse_rows(kwargs: dict[str, Any]) -> None:
+    """Raises AdapterError for PEFT's ``adapter_names``: an adapter for each row, which this model does not have."""
+    if kwargs.get("adapter_names") is not None:
+        raise AdapterError("adapter_names is not supported: a call uses one adapter; pass adapter=NAME for each group")
 
 
 def _plain(loss: Tensor | None) -> Tensor | None:

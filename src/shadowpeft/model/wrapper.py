@@ -123,6 +123,7 @@ class ShadowModel(PreTrainedModel):
         return using(self, adapter_name)
 
     def _chosen(self, adapter: str | None) -> ShadowNetwork | None:
+        """The network of a call; None for the untouched base."""
         name = adapter or override_for(self) or self.active_adapter
         return None if name == BASE else self.network(name)
 

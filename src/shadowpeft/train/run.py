@@ -19,7 +19,14 @@ from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder
 from shadowpeft.train.config import TrainConfig
-from shadowpeft.train.data import AnswerCollator, EncodingReport, encode_classification, encode_generation, load_rows
+from shadowpeft.train.data import (
+    AnswerCollator,
+    EncodingReport,
+    encode_classification,
+    encode_generation,
+    label_indices,
+    load_rows,
+)
 from shadowpeft.train.tasks import TASKS, Task
 from shadowpeft.train.trainer import ShadowTrainer
 
@@ -66,6 +73,8 @@ def prepare(config: TrainConfig) -> Prepared:
     test_rows = load_rows(task, "test", source=source, limit=config.limit_eval, seed=config.seed)
     tokenizer = load_tokenizer(config.base)
     labels = sorted({task.target(row) for row in train_rows}) if task.kind == "classification" else None
+    if labels is not None:
+        label_indices(task, test_rows, labels)  # a label that training never sees is found now, not after it
     set_seed(config.seed)
     base = load_model(config.base, labels=labels, dtype=config.dtype)
     base.config.pad_token_id = tokenizer.pad_token_id
