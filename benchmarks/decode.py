@@ -19,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_rows import Contender, lora_rows, our_rows, peer_rows, step_bytes
-from shapes import SHAPES, sharing_copy
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from decode_rows import Contender, lora_rows, our_rows, peer_rows, step_bytes
 from shadowpeft import ShadowModel, SpeculativeConfig, collect_statistics, commands, get_shadow_model
 from shadowpeft.evaluate.record import origin, write_record
 from shadowpeft.model import checkpoint
 from shadowpeft.train.data import load_rows, prompt_ids
 from shadowpeft.train.tasks import TASKS
+from shapes import SHAPES, sharing_copy
 
 Prompts = tuple[Tensor, Tensor]  # ids and attention mask [B, T]
 BASE = "plain base"

@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from shapes import sharing_copy
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from shadowpeft import ShadowConfig, ShadowModelForCausalLM, SpeculativeConfig
 from shadowpeft.model.architectures import blocks_of, decoder_of
+from shapes import sharing_copy
 
 
 @dataclass(kw_only=True)
