@@ -4,8 +4,9 @@
     python benchmarks/decode.py --adapter runs/e2e/adapter --task e2e --data DIR
     python benchmarks/decode.py --tiny
 
-All contenders generate in turn from the same prompts in one process; times are medians over trials and ratios are medians of
-ratios within a trial. Prefill is a generation of one token; what further tokens take is the rest. Equal tokens are asserted.
+All contenders generate in turn from the same prompts in one process; times are medians over trials and ratios are
+medians of ratios within a trial. Prefill is a generation of one token; what further tokens take is the rest. Equal
+tokens are asserted.
 """
 
 import argparse
@@ -33,7 +34,7 @@ from shapes import SHAPES, sharing_copy
 
 Prompts = tuple[Tensor, Tensor]  # ids and attention mask [B, T]
 BASE = "plain base"
-# Where two runs part, the plain one's best two logits may be this close: kernels for 1 and for k + 1 tokens round differently.
+# How close two logits may be where two runs part: kernels for 1 and for k + 1 tokens round differently.
 TIE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.25}
 
 
@@ -74,9 +75,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=64, help="with --shape")
     parser.add_argument("--new-tokens", type=int, help="at most, after each prompt [default: 48; 8 with --tiny]")
     parser.add_argument("--drafts", nargs="+", default=["4", "auto"], help="numbers of drafts a round, or auto")
-    parser.add_argument("--draft-vocabulary", type=int, help="also draft from that many of the answers' commonest tokens")
+    parser.add_argument("--draft-vocabulary", type=int, help="also draft from so many of the commonest tokens")
     parser.add_argument("--acceptance", type=float, nargs="*", help="rigged rows [default with --shape: 0.5 0.7 0.9]")
-    parser.add_argument("--only", help="regular expression of the rows to run; the base and the attached model always run")
+    parser.add_argument("--only", help="regular expression of rows to run beside base and attached")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="[default: float32; bfloat16 on cuda]")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
@@ -86,7 +87,9 @@ def parse() -> argparse.Namespace:
     options.shape = "tiny" if options.tiny else options.shape
     options.trials = options.trials or (2 if options.tiny else 7)
     options.new_tokens = options.new_tokens or (8 if options.tiny else 48)
-    options.acceptance = ([0.5, 0.7, 0.9] if options.shape else []) if options.acceptance is None else options.acceptance
+    options.acceptance = (
+        ([0.5, 0.7, 0.9] if options.shape else []) if options.acceptance is None else options.acceptance
+    )
     options.dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     return options
 
@@ -161,7 +164,9 @@ def common_tokens(task: Any, tokenizer: Any, options: argparse.Namespace) -> lis
     if not options.draft_vocabulary:
         return None
     rows = load_rows(task, "train", source=options.data, limit=5000)
-    ids = torch.tensor([token for row in rows for token in tokenizer(task.target(row), add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor(
+        [token for row in rows for token in tokenizer(task.target(row), add_special_tokens=False)["input_ids"]]
+    )
     common = ids.bincount().argsort(descending=True)[: options.draft_vocabulary].tolist()
     return [*common, *options.end_tokens]
 
@@ -217,15 +222,15 @@ def run(
 ) -> tuple[Tensor, float]:
     """(sequences, seconds)."""
     ends = getattr(options, "end_tokens", None)
-    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0, use_cache=True)
+    config = GenerationConfig(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0, use_cache=True
+    )
     more = row.options(known) if callable(row.options) else row.options
     if "assistant_model" in more and new_tokens == 1:
         more = {}  # transformers drafts nothing here
     synchronize(options.device)
     started = time.perf_counter()
-    sequences = row.model.generate(
-        input_ids=prompts[0], attention_mask=prompts[1], generation_config=config, **more
-    )
+    sequences = row.model.generate(input_ids=prompts[0], attention_mask=prompts[1], generation_config=config, **more)
     synchronize(options.device)
     return sequences, time.perf_counter() - started
 
@@ -354,10 +359,14 @@ def print_table(results: list[dict[str, Any]]) -> None:
     table = [heads, *([str(row[name]) for name in names] for row in results)]
     widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
     for line in table:
-        cells = [line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))]
+        cells = [
+            line[0].ljust(widths[0]),
+            *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
+        ]
         print("  ".join(cells))
-    print("ms/token: of one row. accepted: tokens a row gains in one pass of the base. * of the process (CPU), which holds all")
-    print("contenders, or allocated on the device. of ceiling: time to read the weights at copy bandwidth / time taken.")
+    print("ms/token: of one row. accepted: tokens a row gains in one pass of the base. * of the process (CPU), which")
+    print("holds all contenders, or allocated on the device. of ceiling: time to read the weights at copy bandwidth /")
+    print("time taken.")
 
 
 if __name__ == "__main__":

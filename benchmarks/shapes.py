@@ -29,7 +29,9 @@ class Shape:
     update_width: int = 10
     shadow_mlp_width: int = 256
 
-    def base(self, *, dtype: torch.dtype = torch.float32, device: str = "cpu", positions: int = 4096) -> PreTrainedModel:
+    def base(
+        self, *, dtype: torch.dtype = torch.float32, device: str = "cpu", positions: int = 4096
+    ) -> PreTrainedModel:
         """A base in evaluation mode, the same on every call."""
         torch.manual_seed(0)
         config = Qwen3Config(

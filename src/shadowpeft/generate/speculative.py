@@ -101,7 +101,9 @@ def _rounds(
     """Rounds until every row is finished."""
     # A row may have finished with its first token.
     known = written.remaining(Known.nothing_behind(written.sequences), 0, max_drafts=speculative.num_draft_tokens)
-    totals = dict.fromkeys(("num_rounds", "num_drafted", "num_tested", "num_accepted", "num_generated", "num_row_rounds"), 0)
+    totals = dict.fromkeys(
+        ("num_rounds", "num_drafted", "num_tested", "num_accepted", "num_generated", "num_row_rounds"), 0
+    )
     drafting, started = 0.0, time.perf_counter()
     while not written.is_finished:
         sequences, at_start = written.sequences, time.perf_counter()
