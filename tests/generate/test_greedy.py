@@ -52,7 +52,7 @@ def test_208_prompts_get_the_tokens_of_plain_greedy(prompts, kind, wrong_every):
 
 def test_prompts_one_by_one_get_the_tokens_of_plain_greedy(prompts):
     model, ids, plain = prompts
-    for row, expected in zip(ids[:50], plain[:50], strict=True):
+    for row, expected in zip(ids[:30], plain[:30], strict=True):
         drafted = greedy(model, row[None], speculative=rigged(expected[None], 4))
         assert torch.equal(drafted[0], expected)
 

@@ -31,7 +31,9 @@ def joint_distribution(model, processors: LogitsProcessorList) -> Tensor:
     """[V^3]: probability of every sequence of three tokens under plain sampling, from the definition."""
     joint = torch.ones(1, dtype=torch.float64)
     for place in range(NUM_PLACES):
-        prefixes = torch.tensor(list(itertools.product(range(NUM_TOKENS), repeat=place))).view(NUM_TOKENS**place, place).long()
+        prefixes = (
+            torch.tensor(list(itertools.product(range(NUM_TOKENS), repeat=place))).view(NUM_TOKENS**place, place).long()
+        )
         ids = torch.cat([PROMPT.expand(len(prefixes), -1), prefixes], 1)
         scores = processors(ids, model(ids, use_cache=False).logits[:, -1].float())
         joint = (joint[:, None] * scores.softmax(-1).double()).flatten()

@@ -57,8 +57,4 @@ def correct(injection: "Injection", h: Tensor, s: Tensor) -> Tensor:
     W_down, W_up = injection.W_down, injection.W_up
     source = h - s if config.inject_from == "difference" else s
     low_rank = source.to(W_down.dtype) @ W_down
-    if h.dtype != W_up.dtype:
-        return torch.add(h, (low_rank @ W_up).to(h.dtype), alpha=config.shadow_alpha)
-    width, rank = h.shape[-1], low_rank.shape[-1]
-    rows = torch.addmm(h.reshape(-1, width), low_rank.reshape(-1, rank), W_up, alpha=config.shadow_alpha)
-    return rows.view_as(h)
+    return torch.add(h, (low_rank @ W_up).to(h.dtype), alpha=config.shadow_alpha)

@@ -101,7 +101,9 @@ def _rounds(
     """Rounds until every row is finished."""
     # A row may have finished with its first token.
     known = written.remaining(Known.nothing_behind(written.sequences), 0, max_drafts=speculative.num_draft_tokens)
-    totals = dict.fromkeys(("num_rounds", "num_drafted", "num_accepted", "num_generated", "num_row_rounds"), 0)
+    totals = dict.fromkeys(
+        ("num_rounds", "num_drafted", "num_tested", "num_accepted", "num_generated", "num_row_rounds"), 0
+    )
     drafting, started = 0.0, time.perf_counter()
     while not written.is_finished:
         sequences, at_start = written.sequences, time.perf_counter()
@@ -135,7 +137,8 @@ def _rounds(
         known = written.remaining(settled, num_written, max_drafts=speculative.num_draft_tokens)
         length.observe(counts.num_accepted, counts.num_tested)
         totals["num_rounds"] += 1
-        totals["num_drafted"] += counts.num_tested
+        totals["num_drafted"] += counts.num_drafted
+        totals["num_tested"] += counts.num_tested
         totals["num_accepted"] += counts.num_accepted
         totals["num_generated"] += num_written * counts.num_rows
         totals["num_row_rounds"] += counts.num_rows
@@ -159,10 +162,11 @@ def _settle(window: Tensor, num_accepted: Tensor, behind: Tensor, known: Known |
 
 @dataclass(frozen=True, kw_only=True)
 class _Counts:
-    """One round in numbers: tokens to write, rows at work, drafts tested and accepted."""
+    """One round in numbers: tokens to write, rows at work, their drafts, those tested and accepted."""
 
     advance: int
     num_rows: int
+    num_drafted: int
     num_tested: int
     num_accepted: int
 
@@ -176,6 +180,7 @@ def _count(num_accepted: Tensor, settled: Known, known: Known | None, written: W
     return _Counts(
         advance=min(count for count, *_ in rows),
         num_rows=len(rows),
+        num_drafted=sum(max(num_drafts - lead, 0) for _, _, lead, _ in rows),
         num_tested=sum(max(number, 0) for number in tested),
         num_accepted=sum(max(accepted - lead, 0) for _, accepted, lead, _ in rows),
     )

@@ -14,8 +14,9 @@ class SpeculativeStatistics:
 
     Attributes:
         num_rounds: passes of the base after the prefill, each over a pending token and its drafts.
-        num_drafted: drafted tokens that were put to the test.
-        num_accepted: those that passed.
+        num_drafted: tokens that the shadow drafted.
+        num_tested: those up to the first of a round that fell, itself included; what is behind it is not looked at.
+        num_accepted: those that stood.
         num_generated: tokens that the rounds added, in rows that were not finished.
         num_row_rounds: rounds times rows that took part.
         seconds: wall clock of all rounds.
@@ -25,6 +26,7 @@ class SpeculativeStatistics:
 
     num_rounds: int = 0
     num_drafted: int = 0
+    num_tested: int = 0
     num_accepted: int = 0
     num_generated: int = 0
     num_row_rounds: int = 0
@@ -33,8 +35,8 @@ class SpeculativeStatistics:
 
     @property
     def acceptance_rate(self) -> float:
-        """Accepted share of the drafts that were tested, 0 if none was. A rejection ends the test of a round."""
-        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
+        """Accepted share of the drafts that were tested, 0 if none was: the alpha of Leviathan et al. 2023."""
+        return self.num_accepted / self.num_tested if self.num_tested else 0.0
 
     @property
     def mean_accepted_length(self) -> float:
