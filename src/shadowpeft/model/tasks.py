@@ -52,20 +52,6 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
 class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
     """A frozen causal language model adapted by a shadow."""
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, with everything it offers but LayerSkip (``assistant_early_exit``).
-
-        Raises:
-            NotImplementedError: LayerSkip, which runs the base on its first blocks alone.
-        """
-        config = kwargs.get("generation_config") or self.generation_config
-        if kwargs.get("assistant_early_exit", config.assistant_early_exit) is not None:
-            raise NotImplementedError(
-                "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
-                "shadow instead: generate(..., assistant_model=model.detach())"
-            )
-        return super().generate(*args, **kwargs)  # type: ignore[misc]
-
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
             "continuous batching (generate_batch) pages the base's cache, which has no room for the shadow's; use "
@@ -143,13 +129,23 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         return result.to_tuple() if return_dict is False else result
 
     def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; with ``speculative``, the shadow drafts and nothing about the result changes.
+        """As in transformers, with everything it offers but LayerSkip (``assistant_early_exit``).
 
         Args:
-            speculative: draft tokens a round, ``"auto"``, or a ``SpeculativeConfig``; None decodes plainly.
+            speculative: let the shadow draft, which changes nothing about the result: draft tokens a round,
+                ``"auto"``, or a ``SpeculativeConfig``; None decodes plainly.
+
+        Raises:
+            NotImplementedError: LayerSkip, which runs the base on its first blocks alone.
         """
+        config = kwargs.get("generation_config") or self.generation_config
+        if kwargs.get("assistant_early_exit", config.assistant_early_exit) is not None:
+            raise NotImplementedError(
+                "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
+                "shadow instead: generate(..., speculative=4)"
+            )
         if speculative is None:
-            return super().generate(*args, **kwargs)
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
         return DECODERS["speculative"](self, *args, speculative=speculative, **kwargs)
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
