@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.model.architectures import Architecture, architecture_of, decoder_of
+from shadowpeft.model.bases import location
+from shadowpeft.model.pretrained import check_same_tokenizer, load_source, shadow_config_of
 
 
 def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedConfig:
@@ -134,21 +136,17 @@ def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_option
     """Loads a (usually pretrained) decoder from a path or hub name.
 
     Raises:
-        ArchitectureError: its type is not supported, or its vocabulary differs from the base's.
+        ArchitectureError: its type is not supported, or it reads other tokens than the base.
     """
-    shadow = AutoConfig.from_pretrained(config.shadow_model, **load_options)
-    architecture_of(shadow)
+    shadow = shadow_config_of(config.shadow_model, **load_options)
     if shadow.vocab_size != base.config.vocab_size:
         raise ArchitectureError(
             f"the shadow {config.shadow_model!r} has a vocabulary of {shadow.vocab_size}, the base one of "
             f"{base.config.vocab_size}: both must use the same tokenizer"
         )
-    backbone = AutoModel.from_pretrained(
-        config.shadow_model,
-        dtype=torch.float32,
-        attn_implementation=base.config._attn_implementation,
-        **load_options,
-    )
+    check_same_tokenizer(config.shadow_model, location(base.name_or_path))
+    kernels = {"attn_implementation": base.config._attn_implementation}
+    backbone = load_source(config.shadow_model, shadow, **kernels, **load_options)
     if config.shares_embeddings:
         remove_embeddings(backbone)
     return backbone
