@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from models import tiny_base
 from torch.testing import assert_close
 
+from models import tiny_base
 from shadowpeft.errors import ArchitectureError
 from shadowpeft.model.projection import projection_between, solve_projection
 

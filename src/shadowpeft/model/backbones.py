@@ -5,7 +5,6 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.core import ShadowConfig
@@ -99,7 +98,7 @@ def build_backbone(
     built = copy.deepcopy(shadow)
     if not keep_embeddings:
         built.vocab_size, built.pad_token_id = 1, None
-    backbone = decoder_class._from_config(built, dtype=torch.float32, **_kernels(base))
+    backbone = decoder_class._from_config(built, dtype=torch.float32, **_kernels(base, decoder_class))
     backbone.config.vocab_size, backbone.config.pad_token_id = shadow.vocab_size, shadow.pad_token_id
     if not keep_embeddings:
         remove_embeddings(backbone)
@@ -124,12 +123,19 @@ def implicit_backbone(base: PreTrainedModel, config: ShadowConfig) -> PreTrained
     )
 
 
-def _kernels(base: PreTrainedModel) -> dict[str, str]:
-    chosen = {
-        "attn_implementation": base.config._attn_implementation,
-        "experts_implementation": base.config._experts_implementation,
-    }
+def _kernels(base: PreTrainedModel, decoder_class: type[PreTrainedModel]) -> dict[str, str]:
+    """The base's kernels, as far as the backbone's class has them too."""
+    attention = base.config._attn_implementation
+    if attention is not None and not _has_attention(decoder_class, attention):
+        attention = "eager"
+    chosen = {"attn_implementation": attention, "experts_implementation": base.config._experts_implementation}
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _has_attention(decoder_class: type[PreTrainedModel], attention: str) -> bool:
+    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    flag = "_supports_flash_attn" if attention.startswith("flash") else flags.get(attention)
+    return flag is None or bool(getattr(decoder_class, flag))
 
 
 def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_options: Any) -> PreTrainedModel:
@@ -145,8 +151,8 @@ def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_option
             f"{base.config.vocab_size}: both must use the same tokenizer"
         )
     check_same_tokenizer(config.shadow_model, location(base.name_or_path))
-    kernels = {"attn_implementation": base.config._attn_implementation}
-    backbone = load_source(config.shadow_model, shadow, **kernels, **load_options)
+    kernels = _kernels(base, AutoModel._model_mapping[type(shadow)])
+    backbone = load_source(config.shadow_model, shadow, kernels, **load_options)
     if config.shares_embeddings:
         remove_embeddings(backbone)
     return backbone

@@ -50,7 +50,7 @@ def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrai
         return type(base)
     auto = AutoModelForSequenceClassification if is_classifier(base) else AutoModelForCausalLM
     if type(config) not in auto._model_mapping:
-        raise ArchitectureError(f"transformers has no {auto.__name__} for {config.model_type}; use this shadow attached")
+        raise ArchitectureError(f"there is no {auto.__name__} for {config.model_type}; use this shadow attached")
     return auto._model_mapping[type(config)]
 
 
@@ -116,8 +116,8 @@ def _with_bias_of(template: nn.Linear, head: nn.Linear, base: PreTrainedModel, c
     """
     if head.bias is not None and template.bias is None:
         raise ArchitectureError(
-            f"the head of {type(base).__name__} has a bias, that of a {config.model_type} model has none, so this shadow "
-            "cannot become an ordinary model; use it attached"
+            f"the head of {type(base).__name__} has a bias, that of a {config.model_type} model has none, so this "
+            "shadow cannot become an ordinary model; use it attached"
         )
     if head.bias is None and template.bias is not None:
         return _linear(head.weight, torch.zeros(head.out_features, device=head.weight.device))

@@ -56,7 +56,7 @@ def shadow_config_of(source: str, **load_options: Any) -> PreTrainedConfig:
     if is_projected(values):
         return inner_config(values)
     if not _is_known(values["model_type"]):
-        raise ArchitectureError(f"the shadow {source!r} is of a type transformers does not know: {values['model_type']!r}")
+        raise ArchitectureError(f"the shadow {source!r} is of type {values['model_type']!r}, unknown to transformers")
     config = AutoConfig.from_pretrained(source, **load_options)
     architecture_of(config)
     return config
@@ -68,21 +68,22 @@ def inner_config(values: dict[str, Any]) -> PreTrainedConfig:
     model_type = inner.pop("model_type", None)
     if not isinstance(model_type, str) or not _is_known(model_type):
         raise ArchitectureError(
-            f"the projected shadow names the backbone type {model_type!r}, which transformers does not know; class paths "
-            "in such a config are not imported"
+            f"the projected shadow names the backbone type {model_type!r}, unknown to transformers; class paths in such a "
+            "config are not imported"
         )
     config = AutoConfig.for_model(model_type, **inner)
     architecture_of(config)
     return config
 
 
-def load_source(source: str, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """The decoder in ``source``, in fp32, with its own token table."""
-    hub, kernels = _split(options)
-    if not is_projected(read_raw_config(source, **hub)):
-        return AutoModel.from_pretrained(source, dtype=torch.float32, **options)
+def load_source(
+    source: str, config: PreTrainedConfig, kernels: dict[str, str], **load_options: Any
+) -> PreTrainedModel:
+    """The decoder in ``source``, in fp32, with its own token table and the asked-for ``kernels``."""
+    if not is_projected(read_raw_config(source, **load_options)):
+        return AutoModel.from_pretrained(source, dtype=torch.float32, **kernels, **load_options)
     backbone = AutoModel.from_config(config, dtype=torch.float32, **kernels)
-    tensors = projected_tensors(source, **hub)
+    tensors = projected_tensors(source, **load_options)
     weights = {k.removeprefix(_PROJECTED_PREFIX): v for k, v in tensors.items() if k.startswith(_PROJECTED_PREFIX)}
     expected = backbone.state_dict()
     wrong = sorted(expected.keys() ^ weights.keys()) or [k for k in expected if expected[k].shape != weights[k].shape]
@@ -164,7 +165,7 @@ def check_same_tokenizer(shadow: str, base: str) -> None:
     if differing:
         token = differing[0]
         raise ArchitectureError(
-            f"the tokenizers of the shadow {shadow!r} and of the base {base!r} differ in {len(differing)} tokens, first "
+            f"the tokenizers of the shadow {shadow!r} and the base {base!r} differ in {len(differing)} tokens, first "
             f"{token!r} ({first.get(token)} and {second.get(token)}); a shadow must read the base's tokens"
         )
 
@@ -173,11 +174,6 @@ def _is_known(model_type: str) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
-
-
-def _split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    kernels = {name: options[name] for name in ("attn_implementation", "experts_implementation") if name in options}
-    return {name: value for name, value in options.items() if name not in kernels}, kernels
 
 
 def _file(source: str, name: str, **load_options: Any) -> Path | None:

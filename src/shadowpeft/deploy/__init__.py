@@ -1,0 +1,5 @@
+"""The shadow on its own: detached folders, ONNX and GGUF files, and other libraries' checkpoints."""
+
+from shadowpeft.deploy.detach import write_detached
+
+__all__ = ["write_detached"]
