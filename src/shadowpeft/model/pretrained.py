@@ -68,8 +68,8 @@ def inner_config(values: dict[str, Any]) -> PreTrainedConfig:
     model_type = inner.pop("model_type", None)
     if not isinstance(model_type, str) or not _is_known(model_type):
         raise ArchitectureError(
-            f"the projected shadow names the backbone type {model_type!r}, unknown to transformers; class paths in such a "
-            "config are not imported"
+            f"the projected shadow names the backbone type {model_type!r}, unknown to transformers; class paths in "
+            "such a config are not imported"
         )
     config = AutoConfig.for_model(model_type, **inner)
     architecture_of(config)
