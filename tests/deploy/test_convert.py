@@ -183,7 +183,7 @@ def test_a_class_path_in_a_projected_config_is_never_imported(projected, tmp_pat
     assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")(tokens()).logits, expected)
     values["shadow_model_config"]["model_type"] = "unheard_of"
     (folder / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ArchitectureError, match="'unheard_of'.*not imported"):
+    with pytest.raises(ArchitectureError, match=r"'unheard_of'.*not imported"):
         convert(folder, tmp_path / "other", to="shadowpeft")
 
 

@@ -47,9 +47,9 @@ def test_a_frozen_backbone_is_left_out_and_comes_back_bit_for_bit(pretrained, tm
 def test_a_trained_backbone_shares_its_frozen_token_table_alone(pretrained, tmp_path):
     model = task_adapter(str(pretrained))
     with torch.no_grad():
-        for name, parameter in model.network().backbone.named_parameters():
+        for parameter in model.network().backbone.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.5), name
+                parameter.add_(0.5)
     model.save_pretrained(tmp_path / "saved", share_backbone=True)
     described = json.loads((tmp_path / "saved/shadow_config.json").read_text())
     assert described["shared_backbone"]["tensors"] == ["backbone.embed_tokens.weight"]
@@ -69,7 +69,7 @@ def test_a_shadow_that_moved_is_found_where_it_is_now(pretrained, tmp_path):
     model = task_adapter(str(pretrained), freeze_backbone=True)
     model.save_pretrained(tmp_path / "saved", share_backbone=True)
     shutil.move(pretrained, tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match="cannot be loaded.*pass its place as shadow_model="):
+    with pytest.raises(CheckpointError, match=r"cannot be loaded.*pass its place as shadow_model="):
         ShadowModel.from_pretrained(tmp_path / "saved", tiny_base())
     loaded = ShadowModel.from_pretrained(tmp_path / "saved", tiny_base(), shadow_model=str(tmp_path / "elsewhere"))
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)

@@ -111,7 +111,8 @@ def _read(
 ) -> tuple[PreTrainedModel, ShadowNetwork]:
     if kind == "shadowpeft":
         described = checkpoints.read_config(folder)["base"]
-        names = [described["id2label"][str(i)] for i in range(described["num_labels"])] if described["num_labels"] else None
+        count = described["num_labels"]
+        names = [described["id2label"][str(index)] for index in range(count)] if count else None
         loaded = _base(base or described["name_or_path"], names, folder)
         return loaded, checkpoints.load_adapter(loaded, folder, allow_other_weights=allow_other_weights)
     counts: dict[str, Callable[[Path], int | None]] = {

@@ -123,7 +123,7 @@ def _gguf_name(name: str) -> str:
 
 
 def _permuted(name: str, tensor: Tensor, config: PreTrainedConfig) -> Tensor:
-    """llama.cpp rotates neighbouring pairs of a llama head, transformers its two halves: rows of q, k are interleaved."""
+    """llama.cpp rotates neighbouring pairs of a llama head, transformers its halves: rows of q, k are interleaved."""
     if config.model_type != "llama" or not name.endswith(("q_proj.weight", "k_proj.weight")):
         return tensor
     heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads

@@ -7,7 +7,10 @@ from transformers import PreTrainedTokenizerBase
 
 # How llama.cpp names the rules that cut text into words before the merges.
 _DIGITS = {"type": "Digits", "individual_digits": True}
-_QWEN2_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 _LLAMA3_PATTERN = _QWEN2_PATTERN.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
 _PATTERNS = {_QWEN2_PATTERN: "qwen2", _LLAMA3_PATTERN: "llama-bpe"}
 

@@ -32,8 +32,8 @@ def write_onnx(
     """Writes ``model.onnx`` with ``config.json``, generation config and tokenizer.
 
     The graph takes ``input_ids``, ``attention_mask``, ``position_ids`` and ``past_key_values.N.key`` / ``.value``
-    (length 0 for a prompt), and gives ``logits`` and ``present.N.key`` / ``.value``. With ``int8`` the weights of matrix
-    products and tables are stored as int8, activations are quantised as they come (onnxruntime's dynamic scheme).
+    (length 0 for a prompt), and gives ``logits`` and ``present.N.key`` / ``.value``. With ``int8`` the weights of
+    matrix products and tables are stored as int8, activations are quantised as they come (onnxruntime's dynamic scheme).
 
     Raises:
         ExportError: this architecture cannot be exported, or onnxruntime computes other logits than torch.
@@ -150,7 +150,8 @@ def check_onnx(path: Path, model: PreTrainedModel) -> None:
     difference = (found - expected).abs().amax().item()
     if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().amax().item()):
         raise ExportError(
-            f"onnxruntime's logits differ by {difference:.2e} from torch's for {type(model).__name__}; nothing was written"
+            f"onnxruntime's logits differ by {difference:.2e} from torch's for {type(model).__name__}; nothing was "
+            "written"
         )
 
 

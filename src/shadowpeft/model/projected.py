@@ -105,16 +105,16 @@ def write_projected(source: str, base: PreTrainedModel, folder: Path) -> None:
     head = base.get_output_embeddings()
     if finish_of(base.config) != (1.0, None) or head.bias is not None:
         raise ArchitectureError(
-            f"the head of a {base.config.model_type} base scales or caps its logits, or has a bias; the projected format "
-            "has a plain head"
+            f"the head of a {base.config.model_type} base scales or caps its logits, or has a bias; the projected "
+            "format has a plain head"
         )
     projection = read_projection(source)
     if projection is None:
         projection = torch.eye(plain.config.hidden_size, dtype=plain.dtype)
     if head.weight.shape[1] != projection.shape[0]:
         raise CheckpointError(
-            f"the projection in {source} leads to width {projection.shape[0]}, this base has {head.weight.shape[1]}; pass "
-            "the base it was pretrained for"
+            f"the projection in {source} leads to width {projection.shape[0]}, this base has {head.weight.shape[1]}; "
+            "pass the base it was pretrained for"
         )
     folded, stored = head.weight.float() @ projection.float(), plain.get_output_embeddings().weight.float()
     if (folded - stored).norm() > _SAME_HEAD * stored.norm():

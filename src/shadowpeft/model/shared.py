@@ -1,4 +1,4 @@
-"""Adapters without the weights of a pretrained shadow that training left as they were: a reference and a hash instead."""
+"""Adapters without what training left unchanged of a pretrained shadow: its name and a hash instead."""
 
 import hashlib
 from typing import Any
@@ -64,10 +64,11 @@ def fetch(base: PreTrainedModel, config: ShadowConfig, expected: dict[str, Any],
         state = initial_backbone(base, config).state_dict()
     except (ShadowPeftError, OSError) as error:
         raise CheckpointError(f"{what}, which cannot be loaded ({error}); pass its place as shadow_model=") from error
-    found = {name: state[name.removeprefix(PREFIX)] for name in expected["tensors"] if name.removeprefix(PREFIX) in state}
-    if len(found) < len(expected["tensors"]) or digest(found) != expected["sha256"]:
+    names = {name: name.removeprefix(PREFIX) for name in expected["tensors"]}
+    found = {name: state[own] for name, own in names.items() if own in state}
+    if len(found) < len(names) or digest(found) != expected["sha256"]:
         raise CheckpointError(
-            f"{what}, but what is there now has other weights (the SHA-256 of {len(expected['tensors'])} tensors differs); "
-            "pass the right one as shadow_model="
+            f"{what}, but what is there now has other weights (the SHA-256 of {len(names)} tensors differs); pass the "
+            "right one as shadow_model="
         )
     return found
