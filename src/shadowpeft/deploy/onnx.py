@@ -33,7 +33,8 @@ def write_onnx(
 
     The graph takes ``input_ids``, ``attention_mask``, ``position_ids`` and ``past_key_values.N.key`` / ``.value``
     (length 0 for a prompt), and gives ``logits`` and ``present.N.key`` / ``.value``. With ``int8`` the weights of
-    matrix products and tables are stored as int8, activations are quantised as they come (onnxruntime's dynamic scheme).
+    matrix products and tables are stored as int8, activations are quantised as they come (onnxruntime's dynamic
+    scheme).
 
     Raises:
         ExportError: this architecture cannot be exported, or onnxruntime computes other logits than torch.
@@ -53,7 +54,7 @@ def write_onnx(
 
         def write(staging: Path) -> None:
             if int8:
-                _quantise(path, staging / ONNX_FILE)
+                quantise(path, staging / ONNX_FILE)
             else:
                 for file in Path(work).iterdir():
                     (staging / file.name).write_bytes(file.read_bytes())
@@ -104,6 +105,9 @@ def _save(program: Any, model: PreTrainedModel, path: Path) -> None:
     graph = program.graph
     for value in (*graph.inputs, *graph.outputs):
         value.name = _short_name(value.name)
+    # The exporter notes the Python stack of every node: paths of this machine, and most of a small file's size.
+    for part in (program, graph, *program.functions.values(), *graph.all_nodes()):
+        part.metadata_props.clear()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     external = {} if size < MAX_BYTES_IN_GRAPH else {"external_data": f"{ONNX_FILE}.data"}
     onnx_ir.save(program, str(path), **external)
@@ -119,7 +123,8 @@ def _short_name(name: str) -> str:
     return name
 
 
-def _quantise(source: Path, target: Path) -> None:
+def quantise(source: Path, target: Path) -> None:
+    """Weights of matrix products and tables as int8, one scale a column."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     external = source.with_name(f"{ONNX_FILE}.data").exists()

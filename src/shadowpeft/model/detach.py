@@ -35,7 +35,7 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
     backbone = copy.deepcopy(network.backbone).requires_grad_(False)
     if network.config.shares_embeddings:
         backbone.set_input_embeddings(_embedding(shared, network, template=detached.get_input_embeddings()))
-    backbone.config = config
+    _share_config(backbone, config)
     setattr(detached, detached.base_model_prefix, backbone)
     if is_classifier(base):
         detached.score = head
@@ -43,6 +43,13 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
         detached.set_output_embeddings(_with_bias_of(detached.get_output_embeddings(), head, base, config))
         detached.generation_config = copy.deepcopy(base.generation_config)
     return detached.eval()
+
+
+def _share_config(backbone: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """One config for all parts, so that a change of kernels on the detached model reaches its blocks."""
+    for module in backbone.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = config
 
 
 def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> type[PreTrainedModel]:

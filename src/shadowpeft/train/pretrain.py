@@ -29,7 +29,7 @@ from shadowpeft.files import write_files
 from shadowpeft.model.architectures import architecture_of, decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer, location
 from shadowpeft.model.build import build_network
-from shadowpeft.model.pretrained import check_same_tokenizer
+from shadowpeft.model.pretrained import check_same_tokenizer, is_projected, read_projection, read_raw_config
 from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
@@ -185,8 +185,16 @@ def prepare(
         check_same_tokenizer(location(config.shadow), location(config.base))
         shadow = shadow.replace(shadow_model=location(config.shadow))
     network = build_network(base, shadow)
-    small = None
     if shadow.is_explicit and network.projection is not None:
+        _check_initial(config, shadow.shadow_model, network)
+    small = None
+    needs_head = config.initial_projection == "pinv" or config.objective == "projection"
+    if shadow.is_explicit and network.projection is not None and needs_head:
+        if is_projected(read_raw_config(shadow.shadow_model)):
+            raise ConfigError(
+                f"{config.shadow!r} has no head of its own beside the large one's; use initial_projection='stored' and "
+                "causal_lm or distill"
+            )
         small = AutoModelForCausalLM.from_pretrained(shadow.shadow_model, dtype=torch.float32)
     if config.objective == "projection" and small is None:
         raise ConfigError(
@@ -194,6 +202,15 @@ def prepare(
             "or distill"
         )
     return base, network.to(decoder_of(base).device), tokenizer, small
+
+
+def _check_initial(config: PretrainConfig, source: str, network: ShadowNetwork) -> None:
+    """Refuses ``stored`` where nothing is stored; makes ``random`` so where something is."""
+    assert network.projection is not None
+    if config.initial_projection == "stored" and read_projection(source) is None:
+        raise ConfigError(f"initial_projection='stored', but {config.shadow!r} is a plain model without one; use pinv")
+    if config.initial_projection == "random":
+        network.projection.reset_parameters()
 
 
 def _train(

@@ -30,7 +30,9 @@ class PretrainConfig:
         "projection: P alone, from the small model's own head; causal_lm: backbone and P on the text; distill: "
         "backbone and P, from the large model's predictions",
     )
-    initial_projection: Literal["pinv", "random"] = _field("pinv", "Eq. 12, or random")
+    initial_projection: Literal["pinv", "stored", "random"] = _field(
+        "pinv", "Eq. 12, the one stored with a pretrained shadow, or random"
+    )
     train_embeddings: bool = _field(False, "train the small model's token table too")
     kl_weight: float = _field(1.0, "weight of KL(teacher || shadow), for projection and distill")
     mse_weight: float = _field(0.1, "weight of the mean squared difference of logits, for projection and distill")
@@ -57,8 +59,10 @@ class PretrainConfig:
         if self.objective not in get_args(Objective):
             expected = ", ".join(get_args(Objective))
             raise ConfigError(f"objective={self.objective!r} is not valid: expected one of {expected}")
-        if self.initial_projection not in ("pinv", "random"):
-            raise ConfigError(f"initial_projection={self.initial_projection!r} is not valid: expected pinv or random")
+        if self.initial_projection not in ("pinv", "stored", "random"):
+            raise ConfigError(
+                f"initial_projection={self.initial_projection!r} is not valid: expected pinv, stored or random"
+            )
         for name in ("batch_size", "gradient_accumulation", "log_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not valid: expected an integer of at least 1")
