@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowConfig, ShadowModel, get_shadow_model
-from shadowpeft.deploy.convert import convert, detect
+from shadowpeft.deploy.convert import convert_checkpoint, detect
 from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.model.pretrained import PROJECTION_FILE
 
@@ -77,15 +77,15 @@ def test_a_converted_folder_runs_in_the_peers_own_runtime_and_comes_back_exactly
     with torch.no_grad():
         expected = model(tokens()).logits
     model.save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "theirs", to=to, base=base())
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to=to, base=base())
     with torch.no_grad():
         assert_close(RUNS[to](tmp_path / "theirs", base(), labels=labels), expected)
-    convert(tmp_path / "theirs", tmp_path / "back", to="shadowpeft", base=base())
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "back", to="shadowpeft", base=base())
     first, second = (load_file(tmp_path / name / "shadow_model.safetensors") for name in ("ours", "back"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     with torch.no_grad():
         assert torch.equal(ShadowModel.from_pretrained(tmp_path / "back", base())(tokens()).logits, expected)
-    convert(tmp_path / "back", tmp_path / "again", to=to, base=base())
+    convert_checkpoint(tmp_path / "back", tmp_path / "again", to=to, base=base())
     for path in (tmp_path / "theirs").iterdir():
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
@@ -106,13 +106,13 @@ def test_an_explicit_shadow_of_another_family_runs_in_the_peers_own_runtime(tmp_
     with torch.no_grad():
         expected = model(tokens()).logits
     model.save_pretrained(tmp_path / "ours")
-    notes = convert(tmp_path / "ours", tmp_path / "theirs", to=to, base=tiny_base())
+    notes = convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to=to, base=tiny_base())
     options = {"shadow_model": AutoModel.from_pretrained(small_shadow, dtype=torch.float64)} if to == "authors" else {}
     with torch.no_grad():
         assert_close(RUNS[to](tmp_path / "theirs", tiny_base(), labels=None, **options), expected)
     source = {"shadow_model": str(small_shadow)} if to == "authors" else {}
     assert any("does not name the explicit shadow" in note for note in notes) == bool(source)
-    convert(tmp_path / "theirs", tmp_path / "back", to="shadowpeft", base=tiny_base(), **source)
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "back", to="shadowpeft", base=tiny_base(), **source)
     with torch.no_grad():
         assert torch.equal(ShadowModel.from_pretrained(tmp_path / "back", tiny_base())(tokens()).logits, expected)
 
@@ -126,7 +126,7 @@ def test_an_adapter_that_a_peer_saved_gives_the_peers_logits_here(tmp_path, doub
     with torch.no_grad():
         expected = theirs(tokens()).logits
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
-    convert(tmp_path / "theirs", tmp_path / "ours", to="shadowpeft", base=tiny_base())
+    convert_checkpoint(tmp_path / "theirs", tmp_path / "ours", to="shadowpeft", base=tiny_base())
     with torch.no_grad():
         assert_close(ShadowModel.from_pretrained(tmp_path / "ours", tiny_base())(tokens()).logits, expected)
 
@@ -151,10 +151,10 @@ def projected(tmp_path, doubles, small_shadow):
 
 def test_a_projected_shadow_becomes_an_ordinary_model_and_comes_back_exactly(projected, tmp_path):
     folder, expected = projected
-    convert(folder, tmp_path / "plain", to="shadowpeft")
+    convert_checkpoint(folder, tmp_path / "plain", to="shadowpeft")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")
     assert_close(plain(tokens()).logits, expected)
-    convert(tmp_path / "plain", tmp_path / "back", to="authors", base=tiny_base())
+    convert_checkpoint(tmp_path / "plain", tmp_path / "back", to="authors", base=tiny_base())
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "back"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     import shadow_peft
@@ -166,7 +166,7 @@ def test_a_projected_shadow_becomes_an_ordinary_model_and_comes_back_exactly(pro
 
 def test_both_forms_attach_with_their_projection(projected, tmp_path):
     folder, expected = projected
-    convert(folder, tmp_path / "plain", to="shadowpeft")
+    convert_checkpoint(folder, tmp_path / "plain", to="shadowpeft")
     for source in (folder, tmp_path / "plain"):
         model = get_shadow_model(tiny_base(), tiny_config(shadow_model=str(source)))
         with torch.no_grad():
@@ -179,30 +179,30 @@ def test_a_class_path_in_a_projected_config_is_never_imported(projected, tmp_pat
     values = json.loads((folder / "config.json").read_text())
     values |= {"shadow_model_class": "this.module.does_not:Exist", "shadow_model_config_class": "os:system"}
     (folder / "config.json").write_text(json.dumps(values))
-    convert(folder, tmp_path / "plain", to="shadowpeft")
+    convert_checkpoint(folder, tmp_path / "plain", to="shadowpeft")
     assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype="auto")(tokens()).logits, expected)
     values["shadow_model_config"]["model_type"] = "unheard_of"
     (folder / "config.json").write_text(json.dumps(values))
     with pytest.raises(ArchitectureError, match=r"'unheard_of'.*not imported"):
-        convert(folder, tmp_path / "other", to="shadowpeft")
+        convert_checkpoint(folder, tmp_path / "other", to="shadowpeft")
 
 
 def test_a_projected_shadow_for_another_width_or_another_base_is_refused(projected, tmp_path):
     folder, _ = projected
     with pytest.raises(ArchitectureError, match=r"\[32, 16\].*\[48, 16\]"):
         get_shadow_model(tiny_base(hidden_size=48), tiny_config(shadow_model=str(folder)))
-    convert(folder, tmp_path / "plain", to="shadowpeft")
+    convert_checkpoint(folder, tmp_path / "plain", to="shadowpeft")
     other = tiny_base()
     randomise(other.lm_head)
     with pytest.raises(CheckpointError, match="not the one folded"):
-        convert(tmp_path / "plain", tmp_path / "back", to="authors", base=other)
+        convert_checkpoint(tmp_path / "plain", tmp_path / "back", to="authors", base=other)
     with pytest.raises(ConfigError, match="--to authors"):
-        convert(tmp_path / "plain", tmp_path / "back", to="peft")
+        convert_checkpoint(tmp_path / "plain", tmp_path / "back", to="peft")
 
 
 def test_a_projection_file_of_the_wrong_shape_is_refused(projected, tmp_path):
     folder, _ = projected
-    convert(folder, tmp_path / "plain", to="shadowpeft")
+    convert_checkpoint(folder, tmp_path / "plain", to="shadowpeft")
     save_file({"projection.weight": torch.ones(16, 32)}, tmp_path / "plain" / PROJECTION_FILE)
     with pytest.raises(ArchitectureError, match=r"\[16, 32\].*\[32, 16\]"):
         get_shadow_model(tiny_base(), tiny_config(shadow_model=str(tmp_path / "plain")))
@@ -223,22 +223,22 @@ def test_a_projection_file_of_the_wrong_shape_is_refused(projected, tmp_path):
 def test_what_a_format_cannot_express_is_refused_and_nothing_is_written(tmp_path, to, preset, fields, message):
     adapted(preset, **fields).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match=message):
-        convert(tmp_path / "ours", tmp_path / "theirs", to=to, base=tiny_base())
+        convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to=to, base=tiny_base())
     assert not (tmp_path / "theirs").exists()
 
 
 def test_the_last_blocks_of_a_base_with_windows_have_no_counterpart(tmp_path):
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
-    base = tiny_base("gemma3_text", layer_types=kinds)
+    base, base_again = (tiny_base("gemma3_text", layer_types=kinds) for _ in range(2))
     config = ShadowConfig.preset("authors", shadow_model="base:last:1", **SIZES)
     get_shadow_model(base, config).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match="layer_types"):
-        convert(tmp_path / "ours", tmp_path / "theirs", to="authors", base=tiny_base("gemma3_text", layer_types=kinds))
+        convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors", base=base_again)
 
 
 def test_what_only_training_needs_is_told(tmp_path):
     adapted("authors", auxiliary_loss_weight=0.3).save_pretrained(tmp_path / "ours")
-    notes = convert(tmp_path / "ours", tmp_path / "theirs", to="authors", base=tiny_base())
+    notes = convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors", base=tiny_base())
     assert notes == ["auxiliary_loss_weight=0.3 is not stored: it matters to training alone"]
 
 
@@ -253,29 +253,29 @@ def test_what_only_training_needs_is_told(tmp_path):
 )
 def test_a_peft_config_without_a_counterpart_here_is_refused(tmp_path, change, message):
     adapted("peft").save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "theirs", to="peft", base=tiny_base())
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="peft", base=tiny_base())
     path = tmp_path / "theirs/adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises((ConfigError, CheckpointError), match=message):
-        convert(tmp_path / "theirs", tmp_path / "back", to="shadowpeft", base=tiny_base())
+        convert_checkpoint(tmp_path / "theirs", tmp_path / "back", to="shadowpeft", base=tiny_base())
 
 
 def test_blocks_from_the_third_on_written_in_any_order_or_as_a_pattern_are_read(tmp_path):
     adapted("peft", first_block=2).save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "theirs", to="peft", base=tiny_base())
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="peft", base=tiny_base())
     path = tmp_path / "theirs/adapter_config.json"
     for index, targets in enumerate((["layers.3", "layers.2"], r".*\.layers\.[23]")):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": targets}))
-        convert(tmp_path / "theirs", tmp_path / f"back{index}", to="shadowpeft", base=tiny_base())
+        convert_checkpoint(tmp_path / "theirs", tmp_path / f"back{index}", to="shadowpeft", base=tiny_base())
         assert json.loads((tmp_path / f"back{index}/shadow_config.json").read_text())["shadow"]["first_block"] == 2
 
 
 def test_a_source_that_does_not_name_its_base_asks_for_one(tmp_path):
     adapted("authors").save_pretrained(tmp_path / "ours")
-    convert(tmp_path / "ours", tmp_path / "theirs", to="authors", base=tiny_base())
+    convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors", base=tiny_base())
     assert detect(tmp_path / "theirs") == "authors"
     with pytest.raises(CheckpointError, match="--base"):
-        convert(tmp_path / "theirs", tmp_path / "back", to="shadowpeft")
+        convert_checkpoint(tmp_path / "theirs", tmp_path / "back", to="shadowpeft")
 
 
 def test_a_pickled_checkpoint_and_a_folder_of_something_else_are_refused(tmp_path):
@@ -283,6 +283,6 @@ def test_a_pickled_checkpoint_and_a_folder_of_something_else_are_refused(tmp_pat
     (tmp_path / "old/shadow_config.json").write_text("{}")
     (tmp_path / "old/shadow_adapter.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match="pickled"):
-        convert(tmp_path / "old", tmp_path / "new", to="shadowpeft", base=tiny_base())
+        convert_checkpoint(tmp_path / "old", tmp_path / "new", to="shadowpeft", base=tiny_base())
     with pytest.raises(CheckpointError, match="in no format"):
-        convert(tmp_path, tmp_path / "new", to="shadowpeft")
+        convert_checkpoint(tmp_path, tmp_path / "new", to="shadowpeft")

@@ -119,6 +119,9 @@ def test_word_rules_are_recognised_or_left_unnamed():
 def test_another_type_and_features_the_format_lacks_are_refused(tmp_path):
     with pytest.raises(ExportError, match="llama, qwen3, not 'gpt2'"):
         write_gguf(detached("gpt2"), tmp_path / "out")
+    classifier = get_shadow_model(tiny_base(labels=3), tiny_config(task_type="SEQ_CLS")).detach()
+    with pytest.raises(ExportError, match="not for LlamaForSequenceClassification"):
+        write_gguf(classifier, tmp_path / "out")
     with pytest.raises(ExportError, match="attention_bias=True"):
         write_gguf(detached("llama", attention_bias=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -15,8 +15,9 @@ from models import tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ArchitectureError, ConfigError, DataError
 from shadowpeft.model.pretrained import read_projection
-from shadowpeft.train.pretrain import ProjectedShadow, distillation_loss, prepare, run
+from shadowpeft.train.pretrain import prepare, run
 from shadowpeft.train.pretrain_config import PretrainConfig
+from shadowpeft.train.projected_shadow import ProjectedShadow, distillation_loss
 from shadowpeft.train.text import PackedText, mixed, stream_texts
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(94))]

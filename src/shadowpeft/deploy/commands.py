@@ -12,8 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shadowpeft.deploy.convert import Target
-from shadowpeft.deploy.convert import convert as convert_folder
+from shadowpeft.deploy.convert import Target, convert_checkpoint
 from shadowpeft.deploy.detach import write_detached
 from shadowpeft.deploy.gguf import write_gguf
 from shadowpeft.deploy.load import find_tokenizer, load_attached
@@ -89,7 +88,7 @@ def convert(
     """Writes an adapter or a pretrained shadow in another library's format, or in ours."""
     if to not in get_args(Target):
         raise ConfigError(f"unknown format {to!r}; choose one of {', '.join(get_args(Target))}")
-    notes = convert_folder(
+    notes = convert_checkpoint(
         source,
         out,
         to=to,

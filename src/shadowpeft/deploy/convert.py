@@ -20,7 +20,7 @@ from shadowpeft.model.projected import plain_from_projected, write_plain, write_
 Target = Literal["shadowpeft", "authors", "peft"]
 
 
-def convert(
+def convert_checkpoint(
     source: Path | str,
     target: Path | str,
     *,
@@ -39,7 +39,7 @@ def convert(
         target: empty or absent folder.
         to: format to write.
         base: the adapter's base, where the source does not name it or another copy is to be used.
-        shadow_model: the explicit shadow, where the source does not name it.
+        shadow_model: the explicit shadow, where the source does not name it, or where it is now.
         labels: class names of a classifier, where the source does not hold them.
         share_backbone: in our own format, leave out what is unchanged from the pretrained shadow.
         allow_other_weights: accept a base with other weights than the adapter was trained on.
@@ -114,7 +114,9 @@ def _read(
         count = described["num_labels"]
         names = [described["id2label"][str(index)] for index in range(count)] if count else None
         loaded = _base(base or described["name_or_path"], names, folder)
-        return loaded, checkpoints.load_adapter(loaded, folder, allow_other_weights=allow_other_weights)
+        return loaded, checkpoints.load_adapter(
+            loaded, folder, allow_other_weights=allow_other_weights, shadow_model=shadow_model
+        )
     counts: dict[str, Callable[[Path], int | None]] = {
         "authors": authors.num_labels_of_authors,
         "peft": peft.num_labels_of_peft,

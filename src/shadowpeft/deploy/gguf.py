@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from shadowpeft.deploy.gguf_tokenizer import tokenizer_metadata
 from shadowpeft.deploy.load import new_folder
-from shadowpeft.deploy.packages import ExportError, need
+from shadowpeft.deploy.packages import ExportError, check_generates, need
 from shadowpeft.files import write_files
 
 GGUF_FILE = "model.gguf"
@@ -63,6 +63,7 @@ def write_gguf(
         MissingPackageError: gguf is not installed.
     """
     gguf = need("gguf", what="GGUF export")
+    check_generates(model, what="GGUF export")
     check_supported(model.config)
     target = new_folder(folder)
     metadata, notes = ({}, ["no tokenizer was given"]) if tokenizer is None else tokenizer_metadata(tokenizer, gguf)

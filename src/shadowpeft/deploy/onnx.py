@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.deploy.load import new_folder
 from shadowpeft.deploy.onnx_model import OnnxModel
-from shadowpeft.deploy.packages import ExportError, need
+from shadowpeft.deploy.packages import ExportError, check_generates, need
 from shadowpeft.files import write_files
 
 ONNX_FILE = "model.onnx"
@@ -41,6 +41,7 @@ def write_onnx(
         MissingPackageError: onnx, onnxscript or onnxruntime is not installed.
         ConfigError: the folder holds something.
     """
+    check_generates(model, what="ONNX export")
     need("onnx", what="ONNX export")
     need("onnxscript", what="ONNX export")
     need("onnxruntime", what="ONNX export")
@@ -59,8 +60,7 @@ def write_onnx(
                 for file in Path(work).iterdir():
                     (staging / file.name).write_bytes(file.read_bytes())
             model.config.save_pretrained(staging)
-            if model.can_generate():
-                model.generation_config.save_pretrained(staging)
+            model.generation_config.save_pretrained(staging)
             if tokenizer is not None:
                 tokenizer.save_pretrained(staging)
 

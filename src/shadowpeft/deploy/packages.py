@@ -3,12 +3,23 @@
 import importlib
 from types import ModuleType
 
+from transformers import PreTrainedModel
+
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.train.sources import MissingPackageError
 
 
 class ExportError(ShadowPeftError, RuntimeError):
     """A model that could not be exported, or whose exported file does not compute what the model does."""
+
+
+def check_generates(model: PreTrainedModel, *, what: str) -> None:
+    """Refuses classifiers, for which the exported files have no layout here."""
+    if not model.can_generate():
+        raise ExportError(
+            f"{what} is for causal language models, not for {type(model).__name__}; the detached folder of a "
+            "classifier runs in transformers"
+        )
 
 
 def need(name: str, *, what: str) -> ModuleType:

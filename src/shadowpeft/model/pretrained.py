@@ -156,6 +156,8 @@ def check_same_tokenizer(shadow: str, base: str) -> None:
     Raises:
         ArchitectureError: one token has two numbers; the shadow would read other words than the base.
     """
+    if not shadow or not base:
+        return
     try:
         ours, theirs = (AutoTokenizer.from_pretrained(name, local_files_only=True) for name in (shadow, base))
     except (OSError, ValueError, ImportError):

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 import yaml
 from rich.console import Console
-from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -20,13 +18,12 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.modeling_outputs import CausalLMOutput
 from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import ConfigError
 from shadowpeft.files import write_files
-from shadowpeft.model.architectures import architecture_of, decoder_of
+from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer, location
 from shadowpeft.model.build import build_network
 from shadowpeft.model.pretrained import check_same_tokenizer, is_projected, read_projection, read_raw_config
@@ -35,6 +32,7 @@ from shadowpeft.model.projection import projection_between
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import open_run_folder
 from shadowpeft.train.pretrain_config import PretrainConfig
+from shadowpeft.train.projected_shadow import ProjectedShadow
 from shadowpeft.train.text import PackedText
 
 SHADOW_FOLDER = "shadow"
@@ -52,84 +50,6 @@ class Pretrained:
     @property
     def shadow(self) -> Path:
         return self.folder / SHADOW_FOLDER
-
-
-class ProjectedShadow(nn.Module):
-    """``y = W_lm P h`` (Eq. 11): what is trained is registered, what is frozen and large is not.
-
-    Args:
-        base: the large model; its head, and for distillation all of it, is used frozen.
-        network: backbone and projection; its steps stay unused.
-        config: objective and weights.
-        own_head: the small model's head, for the objective ``projection``.
-    """
-
-    def __init__(
-        self, base: PreTrainedModel, network: ShadowNetwork, config: PretrainConfig, own_head: PreTrainedModel | None
-    ) -> None:
-        super().__init__()
-        self.backbone, self.projection = network.backbone, network.projection
-        self.embedding_projection = network.embedding_projection
-        # In tuples, so that neither checkpoints nor the optimizer see them.
-        self._frozen = (base.requires_grad_(False).eval(),)
-        self._own_head = (own_head,)
-        self._network = (network,)
-        self._config = config
-        self.requires_grad_(True)
-        if config.objective == "projection":
-            self.backbone.requires_grad_(False)
-        elif not config.train_embeddings and not network.config.shares_embeddings:
-            self.backbone.get_input_embeddings().requires_grad_(False)
-
-    def frozen_to(self, device: torch.device) -> None:
-        """Moves what is not registered."""
-        for (module,) in (self._frozen, self._own_head):
-            if module is not None:
-                module.to(device)
-
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
-        """Logits [B, T, V] of the shadow behind the large head and, with labels, the objective's loss."""
-        hidden = self._hidden(input_ids)
-        logits = self._logits(self._frozen[0], self._project(hidden))
-        loss = None if labels is None else self._loss(input_ids, labels, hidden, logits)
-        return CausalLMOutput(loss=loss, logits=logits)
-
-    def _hidden(self, input_ids: Tensor) -> Tensor:
-        network, base = self._network[0], self._frozen[0]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.objective != "projection"):
-            if not network.config.shares_embeddings:
-                return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
-            embedded = base.get_input_embeddings()(input_ids).to(network.dtype)
-            if self.embedding_projection is not None:
-                embedded = self.embedding_projection(embedded)
-            return self.backbone(inputs_embeds=embedded, use_cache=False).last_hidden_state
-
-    def _project(self, hidden: Tensor) -> Tensor:
-        return hidden if self.projection is None else self.projection(hidden)
-
-    @staticmethod
-    def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-        head = model.get_output_embeddings()
-        return architecture_of(model.config).finish_logits(model.config, head(hidden.to(head.weight.dtype))).float()
-
-    def _loss(self, input_ids: Tensor, labels: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
-        if self._config.objective == "causal_lm":
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        with torch.no_grad():
-            if self._config.objective == "projection":
-                assert self._own_head[0] is not None
-                teacher = self._logits(self._own_head[0], hidden)
-            else:
-                teacher = self._frozen[0](input_ids=input_ids, use_cache=False).logits.float()
-        return distillation_loss(logits, teacher, self._config)
-
-
-def distillation_loss(logits: Tensor, teacher: Tensor, config: PretrainConfig) -> Tensor:
-    """``kl_weight * T^2 KL(teacher || student) + mse_weight * MSE``, means over positions (and, for MSE, tokens)."""
-    heat = config.temperature
-    log_student, log_teacher = (F.log_softmax(x.flatten(0, -2) / heat, dim=-1) for x in (logits, teacher))
-    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * heat**2
-    return config.kl_weight * divergence + config.mse_weight * F.mse_loss(logits, teacher)
 
 
 def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
