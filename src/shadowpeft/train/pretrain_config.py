@@ -1,12 +1,12 @@
 """The settings of one pretraining run."""
 
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from shadowpeft.core.config import check_keys
 from shadowpeft.errors import ConfigError
 
-Objective = Literal["projection", "causal_lm", "distill"]
+OBJECTIVES = ("projection", "causal_lm", "distill")
 
 
 def _field(default: Any, help_text: str) -> Any:
@@ -25,7 +25,7 @@ class PretrainConfig:
     data: str = _field("", "text: a file or folder (.txt, .jsonl, .gz), or hub:NAME[:CONFIG]")
     text_field: str = _field("text", "field of a row that holds the text")
     split: str = _field("train", "split of a hub data set")
-    objective: Objective = _field(
+    objective: Literal["projection", "causal_lm", "distill"] = _field(
         "causal_lm",
         "projection: P alone, from the small model's own head; causal_lm: backbone and P on the text; distill: "
         "backbone and P, from the large model's predictions",
@@ -56,9 +56,8 @@ class PretrainConfig:
     resume: bool = _field(False, "go on from the newest complete checkpoint in the run folder")
 
     def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            expected = ", ".join(get_args(Objective))
-            raise ConfigError(f"objective={self.objective!r} is not valid: expected one of {expected}")
+        if self.objective not in OBJECTIVES:
+            raise ConfigError(f"objective={self.objective!r} is not valid: expected one of {', '.join(OBJECTIVES)}")
         if self.initial_projection not in ("pinv", "stored", "random"):
             raise ConfigError(
                 f"initial_projection={self.initial_projection!r} is not valid: expected pinv, stored or random"
