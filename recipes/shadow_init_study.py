@@ -1,4 +1,4 @@
-"""What pretraining does for a shadow: `python recipes/shadow_init_study.py --data DIR --text TEXT [--tiny]`.
+"""What pretraining does for a shadow: `python recipes/shadow_init_study.py --data DIR [--text TEXT] [--tiny]`.
 
 Random, truncated-base and pretrained shadows are fine-tuned for equally many steps and scored attached and detached,
 with the shadow as its own drafter's acceptance. A cell (task, initialisation, seed) is one JSON file; cells that are
@@ -11,6 +11,7 @@ import itertools
 import json
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, default_data_collator, set_seed
 
 from shadowpeft import ShadowConfig, ShadowModel
+from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.modes import score_modes
 from shadowpeft.evaluate.record import write_record
+from shadowpeft.files import write_files
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.checkpoints import ADAPTER_FILES, newest_checkpoint
 from shadowpeft.train.config import TrainConfig
@@ -128,9 +131,28 @@ def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: in
         "steps": done.steps,
         "parameters": model.network().num_parameters(),
         "num_test_rows": len(prepared.test_rows),
-        "scores": {mode: dataclasses.asdict(score) for mode, score in scores.items()},
+        "scores": {mode: without_generations(score) for mode, score in scores.items()},
         "draft": acceptance(model, done, config.max_length, 4 if given.tiny else 200),
     }
+
+
+def without_generations(score: Any) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(score).items() if name != "generations"}
+
+
+def corpus_text(given: argparse.Namespace) -> str:
+    """The training documents of the embedded base (train splits, no labels) as one file; made once."""
+    path = given.work / "text.jsonl"
+    if given.data is None:
+        raise ConfigError("pass --text with a file, or --data with the folders the embedded base was trained on")
+    if not path.is_file():
+        sys.path.insert(0, str(Path(__file__).parent / "base"))
+        from corpus import split_documents, training_stream
+
+        documents = training_stream(split_documents(given.data)[0], seed=0)
+        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+        write_files(given.work, lambda staging: (staging / path.name).write_text(lines, encoding="utf-8"))
+    return str(path)
 
 
 def summary(cells: list[dict[str, Any]]) -> str:
@@ -163,18 +185,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base", default="embedded")
     parser.add_argument("--data", type=Path, help="folder with a folder for each task; default: the hub")
-    parser.add_argument("--text", required=True, help="pretraining text: .txt or .jsonl with the field text")
+    parser.add_argument("--text", help="pretraining text, .txt or .jsonl; default: the embedded base's")
     parser.add_argument("--work", type=Path, default=Path("runs/shadow_init"))
     parser.add_argument("--out", type=Path, default=Path("results/shadow_init"))
     parser.add_argument("--tasks", default="robot,clinc150")
     parser.add_argument("--steps", type=int, default=300, help="fine-tuning steps of every cell")
-    parser.add_argument("--companion-steps", type=int, default=4000)
-    parser.add_argument("--pretrain-steps", type=int, default=1500)
-    parser.add_argument("--limit-eval", type=int, default=1000)
+    parser.add_argument("--companion-steps", type=int, default=2000)
+    parser.add_argument("--pretrain-steps", type=int, default=800)
+    parser.add_argument("--limit-eval", type=int, default=500)
     parser.add_argument("--tiny", action="store_true", help="one seed, a few steps: does it run?")
     given = parser.parse_args()
     if given.tiny:
         given.steps = given.companion_steps = given.pretrain_steps = 2
+    given.text = given.text or corpus_text(given)
     small = companion(given, given.companion_steps)
     pretrained = pretrained_shadow(given, small, given.pretrain_steps)
     given.out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +208,7 @@ def main() -> None:
             write_record(path, run_cell(given, task, initialisation, seed, pretrained))
         Console().print(path.name)
     cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(given.out.glob("*.json"))]
-    print(summary([cell.get("result", cell) for cell in cells]))
+    print(summary(cells))
 
 
 if __name__ == "__main__":
