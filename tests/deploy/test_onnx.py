@@ -77,7 +77,9 @@ def test_int8_is_smaller_and_close(exported, tmp_path):
     assert (tmp_path / "model.onnx").stat().st_size < 0.5 * (folder / "model.onnx").stat().st_size
     found, _ = OnnxModel(tmp_path).run(tokens(2, 9).numpy(), None)
     expected = model(tokens(2, 9)).logits
-    assert (torch.from_numpy(found) - expected).norm() < 0.05 * expected.norm()
+    # Weights and activations have 8 bits: 5% was seen on these random weights; a wrong scale would give about 100%.
+    assert (torch.from_numpy(found) - expected).norm() < 0.1 * expected.norm()
+    assert (found.argmax(-1) == expected.argmax(-1).numpy()).mean() > 0.9
 
 
 def test_a_file_that_computes_something_else_is_refused(exported):
