@@ -16,8 +16,11 @@ from transformers.utils.logging import disable_progress_bar
 from shadowpeft import commands
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.config import PRESETS
+from shadowpeft.deploy import commands as deploying
 from shadowpeft.errors import ShadowPeftError
+from shadowpeft.train import pretrain as pretraining
 from shadowpeft.train.config import TrainConfig, merge, read_yaml
+from shadowpeft.train.pretrain_config import PretrainConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapt a frozen language model with a small shadow.")
 console = Console()
@@ -154,6 +157,77 @@ def info(adapter: Annotated[str | None, typer.Argument(help="adapter folder or h
 def demo(**flags: Any) -> None:
     """The main job on the base and data that come with the package: minutes on two CPU cores, no network."""
     commands.demo(flags, console)
+
+
+@app.command()
+def pretrain(
+    base: Annotated[str, typer.Option(help="the large model: folder, hub name or 'embedded'")],
+    data: Annotated[str, typer.Option(help="text: a file or folder (.txt, .jsonl, .gz), or hub:NAME[:CONFIG]")],
+    shadow: Annotated[str, typer.Option(help="the small model: folder, hub name, 'implicit' or 'base:first:2'")],
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings of PretrainConfig")] = None,
+    objective: Annotated[str | None, typer.Option(help="projection, causal_lm or distill")] = None,
+    output: Annotated[str | None, typer.Option(help="run folder")] = None,
+    steps: Annotated[int | None, typer.Option(help="optimizer steps; 0 writes Eq. 12's projection untrained")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="packed rows a forward pass")] = None,
+    gradient_accumulation: Annotated[int | None, typer.Option(help="forward passes an optimizer step")] = None,
+    length: Annotated[int | None, typer.Option(help="tokens a packed row")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
+    seed: Annotated[int | None, typer.Option(help="seed of initialisation and of the order of the text")] = None,
+    save_every: Annotated[int | None, typer.Option(help="optimizer steps between checkpoints")] = None,
+    resume: Annotated[bool, typer.Option(help="go on from the newest complete checkpoint")] = False,
+) -> None:
+    """Pretrain a small model as the shadow of a large one."""
+    given = {name: value for name, value in locals().items() if name != "config" and value is not None}
+    pretraining.run(PretrainConfig.from_dict({**(read_yaml(config) if config else {}), **given}), console)
+
+
+@app.command()
+def detach(
+    adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
+    out: Annotated[str, typer.Argument(help="empty or absent folder")],
+    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
+    dtype: Annotated[str | None, typer.Option(help="stored dtype; default: the adapter's")] = None,
+    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+) -> None:
+    """Write the stand-alone shadow as a folder that plain transformers loads."""
+    deploying.detach(adapter, out, console, base=base, dtype=dtype, allow_other_weights=allow_other_weights)
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="adapter (folder or hub name) or detached folder")],
+    out: Annotated[str, typer.Argument(help="empty or absent folder")],
+    format: Annotated[str, typer.Option(help="onnx, onnx-int8, gguf or gguf-f16")] = "onnx",
+    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
+    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+) -> None:
+    """Write the stand-alone shadow as an ONNX or GGUF file."""
+    deploying.export(source, out, console, format=format, base=base, allow_other_weights=allow_other_weights)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="folder of shadowpeft, shadow-peft, peft, or a pretrained shadow")],
+    out: Annotated[str, typer.Argument(help="empty or absent folder")],
+    to: Annotated[str, typer.Option(help="shadowpeft, authors or peft")],
+    base: Annotated[str | None, typer.Option(help="base, if the source does not name it")] = None,
+    shadow_model: Annotated[str | None, typer.Option(help="explicit shadow, if the source does not name it")] = None,
+    labels: Annotated[str | None, typer.Option(help="class names, comma-separated, if the source has none")] = None,
+    share_backbone: Annotated[bool, typer.Option(help="leave out what is unchanged from a pretrained shadow")] = False,
+    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+) -> None:
+    """Convert a checkpoint to or from the formats of other libraries."""
+    deploying.convert(
+        source,
+        out,
+        console,
+        to=to,  # type: ignore[arg-type]
+        base=base,
+        shadow_model=shadow_model,
+        labels=labels,
+        share_backbone=share_backbone,
+        allow_other_weights=allow_other_weights,
+    )
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The configuration of one shadow adapter."""
 
 import difflib
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -30,7 +31,11 @@ class ShadowConfig:
     )
 
     # The shadow backbone (Eq. 1)
-    shadow_model: str = _field("implicit", "'implicit' (fresh weights of the base's class) or a path / hub name")
+    shadow_model: str = _field(
+        "implicit",
+        "'implicit' (fresh weights of the base's class), blocks of the base itself ('base:first:2', 'base:last:1', "
+        "'base:spaced:3'), or a path / hub name",
+    )
     shadow_num_hidden_layers: int = _field(1, "blocks of an implicit shadow")
     shadow_hidden_size: int | None = _field(None, "width of an implicit shadow; None: the base's")
     shadow_num_attention_heads: int | None = _field(None, "query heads of an implicit shadow; None: the base's")
@@ -44,6 +49,7 @@ class ShadowConfig:
         None, "feed the base's embeddings to the shadow; None: yes for an implicit shadow, no for an explicit one"
     )
     freeze_embeddings: bool = _field(True, "keep a shadow's own embedding table frozen")
+    freeze_backbone: bool = _field(False, "keep a pretrained shadow as it is; train its projection and the steps alone")
 
     # Injection (Eq. 2-4)
     r: int = _field(16, "rank of the injected correction")
@@ -89,14 +95,34 @@ class ShadowConfig:
         temperature = self.distillation_temperature
         require(temperature > 0, "distillation_temperature", temperature, "more than 0")
         require(self.first_block >= 0, "first_block", self.first_block, "a block index of at least 0")
+        if self.shadow_model.startswith("base:"):
+            is_valid = re.fullmatch(r"base:(first|last|spaced):[1-9]\d*", self.shadow_model)
+            expected = "'base:first:N', 'base:last:N' or 'base:spaced:N' with N of at least 1"
+            require(is_valid is not None, "shadow_model", self.shadow_model, expected)
+        is_contradiction = self.freeze_backbone and self.is_implicit
+        expected = "False for an implicit shadow, whose weights are fresh"
+        require(not is_contradiction, "freeze_backbone", self.freeze_backbone, expected)
 
     @property
     def is_implicit(self) -> bool:
         return self.shadow_model == "implicit"
 
     @property
+    def truncation(self) -> tuple[str, int] | None:
+        """(``first``, ``last`` or ``spaced``; number of blocks) where blocks of the base make the shadow, else None."""
+        if not self.shadow_model.startswith("base:"):
+            return None
+        _, where, count = self.shadow_model.split(":")
+        return where, int(count)
+
+    @property
+    def is_explicit(self) -> bool:
+        """Whether the shadow comes from a path or the hub."""
+        return not self.is_implicit and self.truncation is None
+
+    @property
     def shares_embeddings(self) -> bool:
-        return self.is_implicit if self.share_embeddings is None else self.share_embeddings
+        return not self.is_explicit if self.share_embeddings is None else self.share_embeddings
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":

@@ -52,6 +52,7 @@ class ShadowNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.num_blocks = num_blocks
+        self.width = width
         self.backbone = backbone
         self.projection = nn.Linear(backbone_width, width, bias=False) if backbone_width != width else None
         self.embedding_projection = (

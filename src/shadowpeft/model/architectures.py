@@ -37,6 +37,7 @@ class Architecture:
         kv_heads: config field of the key/value heads, None where every query head has its own.
         head_dim: config field of the head width, None where it is always d / heads.
         finish: what the causal language model does to ``head(hidden)``.
+        finish_field: config field that says how strongly, None where it does nothing.
         per_layer: config fields with one entry a block.
         embedding: the decoder's attribute that holds the token embedding.
     """
@@ -46,6 +47,7 @@ class Architecture:
     kv_heads: str | None = "num_key_value_heads"
     head_dim: str | None = "head_dim"
     finish: Callable[[PreTrainedConfig], LogitFinish] = _plain
+    finish_field: str | None = None
     per_layer: tuple[str, ...] = ("layer_types",)
     embedding: str = "embed_tokens"
 
@@ -61,12 +63,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(),
     "qwen3_moe": Architecture(mlp_width=("intermediate_size", "moe_intermediate_size")),
     "gemma": Architecture(),
-    "gemma2": Architecture(finish=_soft_capped),
-    "gemma3_text": Architecture(finish=_soft_capped),
+    "gemma2": Architecture(finish=_soft_capped, finish_field="final_logit_softcapping"),
+    "gemma3_text": Architecture(finish=_soft_capped, finish_field="final_logit_softcapping"),
     "phi": Architecture(head_dim=None),
     "phi3": Architecture(head_dim=None),
     "olmo2": Architecture(head_dim=None),
-    "granite": Architecture(head_dim=None, finish=_divided),
+    "granite": Architecture(head_dim=None, finish=_divided, finish_field="logits_scaling"),
     "smollm3": Architecture(head_dim=None, per_layer=("layer_types", "no_rope_layers")),
     "gpt_neox": Architecture(kv_heads=None, head_dim=None, embedding="embed_in"),
     "gpt2": Architecture(blocks="h", mlp_width=("n_inner",), kv_heads=None, head_dim=None, embedding="wte"),
@@ -79,7 +81,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "stablelm": Architecture(head_dim=None),
     "starcoder2": Architecture(head_dim=None),
-    "cohere": Architecture(head_dim=None, finish=_multiplied),
+    "cohere": Architecture(head_dim=None, finish=_multiplied, finish_field="logit_scale"),
     "gpt_oss": Architecture(),
 }
 
@@ -98,6 +100,20 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
             f"{', '.join(sorted(ARCHITECTURES))}"
         )
     return ARCHITECTURES[model_type]
+
+
+# What a causal language model does to head(hidden): config field -> (factor, cap) of its value.
+_FINISHES: dict[str, Callable[[float | None], tuple[float, float | None]]] = {
+    "logit_scale": lambda value: (value or 1.0, None),
+    "logits_scaling": lambda value: (1.0 / (value or 1.0), None),
+    "final_logit_softcapping": lambda value: (1.0, value),
+}
+
+
+def finish_of(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """(factor on the logits, their cap or None)."""
+    name = architecture_of(config).finish_field
+    return (1.0, None) if name is None else _FINISHES[name](getattr(config, name))
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,11 +5,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.model.architectures import Architecture, architecture_of, decoder_of
+from shadowpeft.model.bases import location
+from shadowpeft.model.pretrained import check_same_tokenizer, load_source, shadow_config_of
 
 
 def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedConfig:
@@ -96,7 +98,7 @@ def build_backbone(
     built = copy.deepcopy(shadow)
     if not keep_embeddings:
         built.vocab_size, built.pad_token_id = 1, None
-    backbone = decoder_class._from_config(built, dtype=torch.float32, **_kernels(base))
+    backbone = decoder_class._from_config(built, dtype=torch.float32, **_kernels(base, decoder_class))
     backbone.config.vocab_size, backbone.config.pad_token_id = shadow.vocab_size, shadow.pad_token_id
     if not keep_embeddings:
         remove_embeddings(backbone)
@@ -121,33 +123,36 @@ def implicit_backbone(base: PreTrainedModel, config: ShadowConfig) -> PreTrained
     )
 
 
-def _kernels(base: PreTrainedModel) -> dict[str, str]:
-    chosen = {
-        "attn_implementation": base.config._attn_implementation,
-        "experts_implementation": base.config._experts_implementation,
-    }
+def _kernels(base: PreTrainedModel, decoder_class: type[PreTrainedModel]) -> dict[str, str]:
+    """The base's kernels, as far as the backbone's class has them too."""
+    attention = base.config._attn_implementation
+    if attention is not None and not _has_attention(decoder_class, attention):
+        attention = "eager"
+    chosen = {"attn_implementation": attention, "experts_implementation": base.config._experts_implementation}
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def _has_attention(decoder_class: type[PreTrainedModel], attention: str) -> bool:
+    flags = {"sdpa": "_supports_sdpa", "flex_attention": "_supports_flex_attn"}
+    flag = "_supports_flash_attn" if attention.startswith("flash") else flags.get(attention)
+    return flag is None or bool(getattr(decoder_class, flag))
 
 
 def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_options: Any) -> PreTrainedModel:
     """Loads a (usually pretrained) decoder from a path or hub name.
 
     Raises:
-        ArchitectureError: its type is not supported, or its vocabulary differs from the base's.
+        ArchitectureError: its type is not supported, or it reads other tokens than the base.
     """
-    shadow = AutoConfig.from_pretrained(config.shadow_model, **load_options)
-    architecture_of(shadow)
+    shadow = shadow_config_of(config.shadow_model, **load_options)
     if shadow.vocab_size != base.config.vocab_size:
         raise ArchitectureError(
             f"the shadow {config.shadow_model!r} has a vocabulary of {shadow.vocab_size}, the base one of "
             f"{base.config.vocab_size}: both must use the same tokenizer"
         )
-    backbone = AutoModel.from_pretrained(
-        config.shadow_model,
-        dtype=torch.float32,
-        attn_implementation=base.config._attn_implementation,
-        **load_options,
-    )
+    check_same_tokenizer(config.shadow_model, location(base.name_or_path))
+    kernels = _kernels(base, AutoModel._model_mapping[type(shadow)])
+    backbone = load_source(config.shadow_model, shadow, kernels, **load_options)
     if config.shares_embeddings:
         remove_embeddings(backbone)
     return backbone

@@ -11,6 +11,8 @@ from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
 from shadowpeft.model.backbones import embedding_width, explicit_backbone, implicit_backbone
+from shadowpeft.model.pretrained import load_projection
+from shadowpeft.model.truncate import truncated_backbone
 
 
 def is_classifier(base: PreTrainedModel) -> bool:
@@ -28,8 +30,19 @@ def build_network(base: PreTrainedModel, config: ShadowConfig, **load_options: A
     expected = "SEQ_CLS" if is_classifier(base) else "CAUSAL_LM"
     if config.task_type != expected:
         raise ConfigError(f"task_type={config.task_type!r} does not fit {type(base).__name__}; use {expected!r}")
-    make = implicit_backbone if config.is_implicit else explicit_backbone
-    return assemble_network(base, config, make(base, config, **load_options))
+    network = assemble_network(base, config, initial_backbone(base, config, **load_options))
+    if config.is_explicit:
+        load_projection(network, config.shadow_model, **load_options)
+    return network
+
+
+def initial_backbone(base: PreTrainedModel, config: ShadowConfig, **load_options: Any) -> PreTrainedModel:
+    """The backbone that a fresh adapter starts from, in fp32."""
+    if config.truncation is not None:
+        return truncated_backbone(base, config)
+    if config.is_implicit:
+        return implicit_backbone(base, config)
+    return explicit_backbone(base, config, **load_options)
 
 
 def assemble_network(base: PreTrainedModel, config: ShadowConfig, backbone: PreTrainedModel) -> ShadowNetwork:
@@ -64,3 +77,5 @@ def set_trainable(network: ShadowNetwork, trainable: bool) -> None:
     config = network.config
     if trainable and not config.is_implicit and not config.shares_embeddings and config.freeze_embeddings:
         network.backbone.get_input_embeddings().requires_grad_(False)
+    if config.freeze_backbone:
+        network.backbone.requires_grad_(False)

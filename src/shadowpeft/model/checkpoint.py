@@ -16,6 +16,7 @@ from shadowpeft._version import __version__
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.core.config import check_keys
 from shadowpeft.errors import CheckpointError, ConfigError
+from shadowpeft.model import shared
 from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
 from shadowpeft.model.backbones import empty_backbone
 from shadowpeft.model.bases import load_model
@@ -27,6 +28,7 @@ from shadowpeft.model.tensors import CONFIG_FILE, DIGEST, WEIGHTS_FILE, check_te
 CARD_FILE = "README.md"
 FORMAT = "shadowpeft"
 FORMAT_VERSION = 1
+SHARED_KEY = "shared_backbone"
 _KEYS = {"format", "format_version", "library_version", "shadow", "base", "backbone", DIGEST}
 _BASE_KEYS = {
     "name_or_path", "revision", "architecture", "model_type", "num_blocks", "hidden_size", "vocab_size", "num_labels",
@@ -52,11 +54,25 @@ def describe_base(base: PreTrainedModel) -> dict[str, Any]:
 
 
 def save_adapter(
-    base: PreTrainedModel, network: ShadowNetwork, folder: Path, state: dict[str, Tensor] | None = None
+    base: PreTrainedModel,
+    network: ShadowNetwork,
+    folder: Path,
+    state: dict[str, Tensor] | None = None,
+    *,
+    share_backbone: bool = False,
 ) -> None:
-    """Writes the three files, each complete or not at all. ``state``: the network's gathered weights, if sharded."""
+    """Writes the three files, each complete or not at all.
+
+    Args:
+        state: the network's gathered weights, if sharded.
+        share_backbone: leave out what is unchanged from a pretrained shadow, and store its name and hash instead.
+
+    Raises:
+        ConfigError: there is nothing to share.
+    """
+    left_out = shared.unchanged(base, network) if share_backbone else {}
     state = network.state_dict() if state is None else state
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in left_out}
     digest = weights_digest(tensors)
     described = {
         "format": FORMAT,
@@ -67,6 +83,8 @@ def save_adapter(
         "backbone": network.backbone.config.to_dict(),
         DIGEST: digest,
     }
+    if left_out:
+        described[SHARED_KEY] = shared.reference(left_out)
 
     def write(staging: Path) -> None:
         # Names sort so that the config, without which nothing loads, is moved into place before the weights.
@@ -79,9 +97,17 @@ def save_adapter(
 
 
 def load_adapter(
-    base: PreTrainedModel, adapter: str | Path, *, allow_other_weights: bool = False, **hub_options: Any
+    base: PreTrainedModel,
+    adapter: str | Path,
+    *,
+    allow_other_weights: bool = False,
+    shadow_model: str | None = None,
+    **hub_options: Any,
 ) -> ShadowNetwork:
     """The saved network, checked against ``base`` before anything is built.
+
+    Args:
+        shadow_model: where the pretrained shadow is now, if the adapter was saved without its weights.
 
     Raises:
         CheckpointError: a file is missing or damaged, a tensor is missing, unknown or of another shape, or the
@@ -89,10 +115,12 @@ def load_adapter(
     """
     folder = find_folder(adapter, **hub_options)
     described = read_config(folder)
-    config = ShadowConfig.from_dict(described["shadow"])
+    config = ShadowConfig.from_dict(described["shadow"] | ({"shadow_model": shadow_model} if shadow_model else {}))
     check_base(base, first_block=config.first_block)
     _check_belongs(described["base"], base, folder, allow_other_weights=allow_other_weights)
     tensors = read_tensors(folder / WEIGHTS_FILE, described[DIGEST])
+    if SHARED_KEY in described:
+        tensors |= shared.fetch(base, config, described[SHARED_KEY], str(folder))
     network = assemble_network(base, config, _saved_backbone(base, config, described["backbone"]))
     _fill(network, tensors, folder / WEIGHTS_FILE)
     return network
@@ -167,7 +195,9 @@ def _check_layout(described: dict[str, Any], path: Path) -> None:
     missing = sorted(_KEYS - described.keys())
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}")
-    check_keys(described, _KEYS, what=str(path))
+    check_keys(described, _KEYS | {SHARED_KEY}, what=str(path))
+    if not {"tensors", "sha256"} <= set(described.get(SHARED_KEY, ("tensors", "sha256"))):
+        raise CheckpointError(f"{path}: {SHARED_KEY} lacks its tensors or their sha256")
     for part in ("shadow", "base", "backbone"):
         if not isinstance(described[part], dict):
             raise CheckpointError(f"{path}: {part!r} must be an object, not {type(described[part]).__name__}")

@@ -169,10 +169,10 @@ def to_peft(network: ShadowNetwork, *, blocks: str) -> dict[str, Tensor]:
 def _peft_layout(network: ShadowNetwork, blocks: str) -> _Layout:
     config = network.config
     _check_variant(network, "peft", _FORMULA)
-    if config.shares_embeddings and not config.is_implicit:
+    if config.shares_embeddings and config.is_explicit:
         raise _refusal("peft", "share_embeddings", True, "False for an explicit shadow")
     # peft mirrors OPT by the decoder inside OPTModel, whose names lack the prefix.
-    wrapper = architecture_of(_backbone(network).config).embedding.rpartition(".")[0] if config.is_implicit else ""
+    wrapper = architecture_of(_backbone(network).config).embedding.rpartition(".")[0] if not config.is_explicit else ""
     prefixes = {
         f"backbone.{wrapper}" if wrapper else "backbone": "base_model.shadow_backbone.default",
         "projection": "base_model.shadow_projection.default",

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import ArchitectureError
-from shadowpeft.model.architectures import architecture_of
+from shadowpeft.model.architectures import architecture_of, finish_of
 from shadowpeft.model.build import is_classifier
 
 
@@ -20,11 +20,14 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
     Raises:
         ArchitectureError: the base's head does to its logits what the backbone's class cannot do.
     """
-    _check_same_finish(base.config, network.backbone.config)
     config = copy.deepcopy(network.backbone.config)
-    head = _head(base, network)
+    config.tie_word_embeddings = False
+    scale = 1.0 if is_classifier(base) else _settle_finish(base.config, config)
+    head = _head(base, network, scale)
     shared: Any = base.get_input_embeddings()
     config.tie_word_embeddings = network.config.shares_embeddings and head.weight is shared.weight
+    if config.pad_token_id is None:
+        config.pad_token_id = base.config.pad_token_id  # a classifier pools in front of it
     if is_classifier(base):
         config.id2label, config.label2id = base.config.id2label, base.config.label2id
     with torch.device("meta"):
@@ -33,55 +36,100 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
     backbone = copy.deepcopy(network.backbone).requires_grad_(False)
     if network.config.shares_embeddings:
         backbone.set_input_embeddings(_embedding(shared, network, template=detached.get_input_embeddings()))
-    backbone.config = config
+    _share_config(backbone, config)
     setattr(detached, detached.base_model_prefix, backbone)
     if is_classifier(base):
         detached.score = head
     else:
-        detached.set_output_embeddings(head)
+        detached.set_output_embeddings(_with_bias_of(detached.get_output_embeddings(), head, base, config))
         detached.generation_config = copy.deepcopy(base.generation_config)
     return detached.eval()
+
+
+def _share_config(backbone: PreTrainedModel, config: PreTrainedConfig) -> None:
+    """One config for all parts, so that a change of kernels on the detached model reaches its blocks."""
+    for module in backbone.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):
+            module.config = config
 
 
 def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> Any:
     if type(base.config) is type(config):
         return type(base)
     auto = AutoModelForSequenceClassification if is_classifier(base) else AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        raise ArchitectureError(f"there is no {auto.__name__} for {config.model_type}; use this shadow attached")
     return auto._model_mapping[type(config)]
 
 
-def _check_same_finish(base: PreTrainedConfig, shadow: PreTrainedConfig) -> None:
-    if architecture_of(base).finish is not architecture_of(shadow).finish:
+_NEUTRAL = {"logit_scale": 1.0, "logits_scaling": 1.0, "final_logit_softcapping": None}
+
+
+def _settle_finish(base: PreTrainedConfig, shadow: PreTrainedConfig) -> float:
+    """Gives the detached ``shadow`` config the base's scale or cap; returns the factor its head has to take over.
+
+    Raises:
+        ArchitectureError: the base caps its logits and the shadow's class cannot.
+    """
+    theirs, ours = architecture_of(base).finish_field, architecture_of(shadow).finish_field
+    if theirs == ours:
+        if theirs is not None:
+            setattr(shadow, theirs, getattr(base, theirs))
+        return 1.0
+    factor, cap = finish_of(base)
+    if cap is not None:
         raise ArchitectureError(
-            f"a {base.model_type} head scales or caps its logits in a way that a {shadow.model_type} model does not, "
-            "so this shadow cannot become an ordinary model; use it attached"
+            f"a {base.model_type} head caps its logits ({theirs}={cap}) in a way that a {shadow.model_type} model does "
+            "not, so this shadow cannot become an ordinary model; use it attached"
         )
+    if ours is not None:
+        setattr(shadow, ours, _NEUTRAL[ours])
+    return factor
 
 
 def _embedding(shared: nn.Embedding, network: ShadowNetwork, *, template: Any) -> nn.Embedding:
     """The base's token table, or that table seen through W_in, as a module of the detached model's own class."""
-    if network.embedding_projection is None:
+    # Gemma's table multiplies what it looks up; the class that loads this one will do so with its own factor.
+    scale = getattr(template, "scalar_embed_scale", None)
+    is_same_lookup = type(shared) is type(template) and getattr(shared, "scalar_embed_scale", None) == scale
+    if network.embedding_projection is None and is_same_lookup:
         return shared if shared.weight.dtype == network.dtype else copy.deepcopy(shared).to(network.dtype)
     tokens = torch.arange(shared.num_embeddings, device=shared.weight.device)
-    table = network.embedding_projection(shared(tokens).to(network.dtype))
-    # Gemma's table multiplies what it looks up; the class that loads this one will do so with its own width.
-    scale = getattr(template, "scalar_embed_scale", None)
+    table = shared(tokens).to(network.dtype)
+    if network.embedding_projection is not None:
+        table = network.embedding_projection(table)
     options = {} if scale is None else {"embed_scale": scale}
     folded = type(template)(*table.shape, template.padding_idx, **options)
     folded.weight = nn.Parameter(table if scale is None else table / scale, requires_grad=False)
     return folded.to(table.device)
 
 
-def _head(base: PreTrainedModel, network: ShadowNetwork) -> nn.Linear:
-    """``W_head W_proj`` (Eq. 10 folded), with the head's bias where it has one."""
+def _head(base: PreTrainedModel, network: ShadowNetwork, scale: float) -> nn.Linear:
+    """``scale * W_head W_proj`` (Eq. 10 folded), with the head's bias where it has one."""
     head = network.shadow_head if is_classifier(base) else base.get_output_embeddings()
     assert isinstance(head, nn.Linear)
-    if network.projection is None and head.weight.dtype == network.dtype:
+    if network.projection is None and head.weight.dtype == network.dtype and scale == 1.0:
         return head if not is_classifier(base) else copy.deepcopy(head).requires_grad_(False)
     weight = head.weight.to(network.dtype)
     if network.projection is not None:
         weight = weight @ network.projection.weight
-    return _linear(weight, head.bias)
+    return _linear(weight * scale, None if head.bias is None else head.bias * scale)
+
+
+def _with_bias_of(template: nn.Linear, head: nn.Linear, base: PreTrainedModel, config: PreTrainedConfig) -> nn.Linear:
+    """``head`` with a bias if, and only if, the detached model's class has one.
+
+    Raises:
+        ArchitectureError: the head's bias has no place in that class; a reload would lose it without a word.
+    """
+    if head.bias is not None and template.bias is None:
+        raise ArchitectureError(
+            f"the head of {type(base).__name__} has a bias, that of a {config.model_type} model has none, so this "
+            "shadow cannot become an ordinary model; use it attached"
+        )
+    if head.bias is None and template.bias is not None:
+        return _linear(head.weight, torch.zeros(head.out_features, device=head.weight.device))
+    return head
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

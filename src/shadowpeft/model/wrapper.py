@@ -163,6 +163,7 @@ class ShadowModel(PreTrainedModel):
         """Writes the adapter only: ``shadow_config.json``, ``shadow_model.safetensors`` and a model card.
 
         Files appear complete or not at all. ``push_to_hub=True`` uploads the folder afterwards.
+        ``share_backbone=True`` leaves out what is unchanged from a pretrained shadow.
         """
         if not kwargs.get("is_main_process", True):
             return
@@ -172,7 +173,8 @@ class ShadowModel(PreTrainedModel):
             prefix = f"networks.{name}."
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         folder = Path(save_directory)
-        checkpoint.save_adapter(self.base, self.network(name), folder, state)
+        share_backbone = bool(kwargs.get("share_backbone"))
+        checkpoint.save_adapter(self.base, self.network(name), folder, state, share_backbone=share_backbone)
         if kwargs.get("push_to_hub"):
             options = {key: kwargs[key] for key in ("token", "commit_message") if key in kwargs}
             checkpoint.upload(folder, kwargs.get("repo_id") or folder.name, **options)
@@ -191,6 +193,7 @@ class ShadowModel(PreTrainedModel):
         *,
         is_trainable: bool = False,
         allow_other_weights: bool = False,
+        shadow_model: str | None = None,
         **hub_options: Any,
     ) -> None:
         """Adds a saved adapter under ``adapter_name``.
@@ -199,13 +202,18 @@ class ShadowModel(PreTrainedModel):
             adapter_path: folder or hub name.
             is_trainable: leave its weights trainable if it is the active one.
             allow_other_weights: load even if the base's weights differ from those it was trained on.
+            shadow_model: where the pretrained shadow is now, if the adapter was saved without its weights.
 
         Raises:
             CheckpointError: the adapter is damaged or made for another base; nothing is changed then.
         """
         self._check_new_name(adapter_name)
         network = checkpoint.load_adapter(
-            self.base, adapter_path, allow_other_weights=allow_other_weights, **hub_options
+            self.base,
+            adapter_path,
+            allow_other_weights=allow_other_weights,
+            shadow_model=shadow_model,
+            **hub_options,
         )
         self._register(adapter_name, network)
         if not is_trainable:
@@ -220,6 +228,7 @@ class ShadowModel(PreTrainedModel):
         adapter_name: str = "default",
         is_trainable: bool = False,
         allow_other_weights: bool = False,
+        shadow_model: str | None = None,
         hub_options: dict[str, Any] | None = None,
         **base_options: Any,
     ) -> "ShadowModel":
@@ -227,7 +236,9 @@ class ShadowModel(PreTrainedModel):
         hub_options = hub_options or {}
         if base is None:
             base = checkpoint.load_base(adapter_path, hub_options, **base_options)
-        network = checkpoint.load_adapter(base, adapter_path, allow_other_weights=allow_other_weights, **hub_options)
+        network = checkpoint.load_adapter(
+            base, adapter_path, allow_other_weights=allow_other_weights, shadow_model=shadow_model, **hub_options
+        )
         task_class = model_class_for(base) if cls is ShadowModel else cls
         model = task_class(base, None, adapter_name)
         model._register(adapter_name, network)

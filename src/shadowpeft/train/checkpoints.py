@@ -6,14 +6,15 @@ from pathlib import Path
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 # What the trainer writes last; a checkpoint without one of these was cut off.
-_COMPLETE = (CONFIG_FILE, WEIGHTS_FILE, "optimizer.pt", "scheduler.pt", "trainer_state.json")
+_COMPLETE = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint below ``folder``; cut-off ones are passed over."""
+def newest_checkpoint(folder: Path, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
+    """The newest complete checkpoint below ``folder``; cut-off ones are passed over. ``weights``: the model's files."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    complete = [path for path in found if all((path / name).is_file() for name in _COMPLETE) and _is_json(path)]
+    complete = [path for path in found if all((path / name).is_file() for name in (*weights, *_COMPLETE)) and _is_json(path)]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
@@ -25,7 +26,7 @@ def _is_json(checkpoint: Path) -> bool:
         return False
 
 
-def check_run_folder(folder: Path, *, resume: bool) -> Path | None:
+def check_run_folder(folder: Path, *, resume: bool, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
     """Whether a run may write here; returns the checkpoint to resume from, if asked for. Changes nothing.
 
     Raises:
@@ -36,7 +37,7 @@ def check_run_folder(folder: Path, *, resume: bool) -> Path | None:
     is_used = folder.is_dir() and any(folder.iterdir())
     if is_used and not resume:
         raise ConfigError(f"the output folder {folder} is not empty; choose another, or pass --resume to go on in it")
-    checkpoint = newest_checkpoint(folder / "checkpoints")
+    checkpoint = newest_checkpoint(folder / "checkpoints", weights)
     if resume and checkpoint is None:
         raise ConfigError(f"nothing to resume in {folder}: it holds no complete checkpoint; start without --resume")
     return checkpoint

@@ -1,0 +1,215 @@
+"""What pretraining does for a shadow: `python recipes/shadow_init_study.py --data DIR [--text TEXT] [--tiny]`.
+
+Random, truncated-base and pretrained shadows are fine-tuned for equally many steps and scored attached and detached,
+with the shadow as its own drafter's acceptance. A cell (task, initialisation, seed) is one JSON file; cells that are
+there are not run again, so the study can be stopped and continued. The summary is rendered from the cells.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, default_data_collator, set_seed
+
+from shadowpeft import ShadowConfig, ShadowModel
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.modes import score_modes
+from shadowpeft.evaluate.record import write_record
+from shadowpeft.files import write_files
+from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.train.checkpoints import ADAPTER_FILES, newest_checkpoint
+from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.data import prompt_ids
+from shadowpeft.train.pretrain import CHECKPOINT_WEIGHTS, training_arguments
+from shadowpeft.train.pretrain import run as pretrain
+from shadowpeft.train.pretrain_config import PretrainConfig
+from shadowpeft.train.run import Trained, train
+from shadowpeft.train.text import PackedText
+
+# With the embedded base's vocabulary of 4096 about 2.1M parameters, a quarter of its 8M.
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+COMPANION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, **HEADS}
+TINY_COMPANION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **HEADS}
+# Equal fine-tuning; a large lambda, because the detached shadow is what is studied.
+ADAPTER = ShadowConfig(shadow_alpha=1.0, auxiliary_loss_weight=0.5, shadow_dropout=0.0, freeze_embeddings=False)
+INITIALISATIONS = ("random", "truncated", "pretrained")
+SEEDS = (0, 1, 2)
+
+
+def companion(given: argparse.Namespace, steps: int) -> Path:
+    """A small language model with the base's tokenizer, trained from nothing on the text; made once."""
+    folder = given.work / "companion"
+    if (folder / "model.safetensors").is_file():
+        return folder
+    tokenizer, base = load_tokenizer(given.base), load_model(given.base)
+    sizes = TINY_COMPANION if given.tiny else COMPANION
+    config = LlamaConfig(
+        **sizes, vocab_size=base.config.vocab_size, max_position_embeddings=base.config.max_position_embeddings,
+        tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    set_seed(0)
+    model = LlamaForCausalLM(config)
+    settings = PretrainConfig(base=given.base, data=given.text, output=str(given.work / "companion-run"), steps=steps,
+                              learning_rate=2e-3, batch_size=4 if given.tiny else 16, length=32 if given.tiny else 256,
+                              save_every=max(steps, 1))  # fmt: skip
+    rows = PackedText(given.text, tokenizer, length=settings.length, seed=0)
+    arguments = training_arguments(settings, given.work / "companion-run")
+    Trainer(model, arguments, train_dataset=rows, data_collator=default_data_collator).train()
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+def pretrained_shadow(given: argparse.Namespace, small: Path, steps: int) -> Path:
+    """The companion behind the base's head, distilled from the base on the same text; made once."""
+    folder = given.work / "pretrain"
+    if not (folder / "shadow/model.safetensors").is_file():
+        rest = {"batch_size": 4, "length": 32} if given.tiny else {"batch_size": 16, "length": 256}
+        pretrain(
+            PretrainConfig(base=given.base, shadow=str(small), data=given.text, output=str(folder), objective="distill",
+                           steps=steps, resume=can_resume(folder, CHECKPOINT_WEIGHTS), train_embeddings=True, **rest)
+        )  # fmt: skip
+    return folder / "shadow"
+
+
+def can_resume(folder: Path, weights: tuple[str, ...] = ADAPTER_FILES) -> bool:
+    """Whether an interrupted run left a complete checkpoint; what left none is removed, to start afresh."""
+    if newest_checkpoint(folder / "checkpoints", weights) is not None:
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def shadow_of(initialisation: str, pretrained: Path) -> ShadowConfig:
+    where = {"random": "implicit", "truncated": "base:first:2", "pretrained": str(pretrained)}[initialisation]
+    shape = {"shadow_num_hidden_layers": 2, "shadow_intermediate_size": None} if initialisation == "random" else {}
+    return ADAPTER.replace(shadow_model=where, **shape)
+
+
+@torch.no_grad()
+def acceptance(model: ShadowModel, done: Trained, max_length: int, rows: int) -> dict[str, float]:
+    """Share of the attached model's greedy answer tokens that the shadow, given the same text, would have drafted."""
+    tokenizer, task = done.prepared.tokenizer, done.prepared.task
+    agreed = total = 0
+    for row in done.prepared.test_rows[:rows]:
+        ids = torch.tensor([prompt_ids(task, tokenizer, row, max_length)])
+        options = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+        text = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=tokenizer.eos_token_id, **options)
+        drafts = model(text, output_shadow_logits=True).shadow_logits.argmax(-1)
+        start = ids.shape[1]
+        agreed += (drafts[:, start - 1 : -1] == text[:, start:]).sum().item()
+        total += text.shape[1] - start
+    return {"acceptance": agreed / max(total, 1), "num_tokens": total}
+
+
+def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: int, pretrained: Path) -> dict[str, Any]:
+    folder = given.work / "cells" / f"{task}-{initialisation}-{seed}"
+    data = None if given.data is None or task == "robot" else str(given.data / task)
+    limits = {"limit_train": 64, "limit_eval": 8} if given.tiny else {"limit_eval": given.limit_eval}
+    config = TrainConfig(
+        base=given.base, task=task, data=data, output=str(folder), max_steps=given.steps, seed=seed, batch_size=32,
+        max_length=64, shadow=shadow_of(initialisation, pretrained), resume=can_resume(folder), **limits,
+    )  # fmt: skip
+    done = train(config)
+    prepared = done.prepared
+    model = prepared.model.eval()
+    scores = score_modes(model, prepared.tokenizer, prepared.task, prepared.test_rows,
+                         modes=("attached", "detached"), max_length=config.max_length)  # fmt: skip
+    return {
+        "task": task,
+        "initialisation": initialisation,
+        "seed": seed,
+        "steps": done.steps,
+        "parameters": model.network().num_parameters(),
+        "num_test_rows": len(prepared.test_rows),
+        "scores": {mode: without_generations(score) for mode, score in scores.items()},
+        "draft": acceptance(model, done, config.max_length, 4 if given.tiny else 200),
+    }
+
+
+def without_generations(score: Any) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(score).items() if name != "generations"}
+
+
+def corpus_text(given: argparse.Namespace) -> str:
+    """The training documents of the embedded base (train splits, no labels) as one file; made once."""
+    path = given.work / "text.jsonl"
+    if given.data is None:
+        raise ConfigError("pass --text with a file, or --data with the folders the embedded base was trained on")
+    if not path.is_file():
+        sys.path.insert(0, str(Path(__file__).parent / "base"))
+        from corpus import split_documents, training_stream
+
+        documents = training_stream(split_documents(given.data)[0], seed=0)
+        lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+        write_files(given.work, lambda staging: (staging / path.name).write_text(lines, encoding="utf-8"))
+    return str(path)
+
+
+def summary(cells: list[dict[str, Any]]) -> str:
+    """Markdown: means over seeds with the t interval of 95 % for three of them."""
+    lines = ["| task | shadow | attached | detached | acceptance | seeds |", "|---|---|---:|---:|---:|---:|"]
+    keys = dict.fromkeys((cell["task"], cell["initialisation"]) for cell in cells)
+    for task, initialisation in keys:
+        found = [cell for cell in cells if (cell["task"], cell["initialisation"]) == (task, initialisation)]
+        columns = [[headline(cell, mode) for cell in found] for mode in ("attached", "detached")]
+        columns.append([cell["draft"]["acceptance"] for cell in found])
+        lines.append(f"| {task} | {initialisation} | {' | '.join(map(interval, columns))} | {len(found)} |")
+    return "\n".join(lines)
+
+
+def headline(cell: dict[str, Any], mode: str) -> float:
+    score = cell["scores"][mode]
+    return score["metrics"][score["headline"]] if "headline" in score else next(iter(score["metrics"].values()))
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half-width in percent; t quantiles for 2 and 3 values."""
+    mean = statistics.fmean(values)
+    quantile = {2: 12.706, 3: 4.303}.get(len(values))
+    if quantile is None:
+        return f"{100 * mean:.1f}"
+    return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--base", default="embedded")
+    parser.add_argument("--data", type=Path, help="folder with a folder for each task; default: the hub")
+    parser.add_argument("--text", help="pretraining text, .txt or .jsonl; default: the embedded base's")
+    parser.add_argument("--work", type=Path, default=Path("runs/shadow_init"))
+    parser.add_argument("--out", type=Path, default=Path("results/shadow_init"))
+    parser.add_argument("--tasks", default="robot,clinc150")
+    parser.add_argument("--steps", type=int, default=300, help="fine-tuning steps of every cell")
+    parser.add_argument("--companion-steps", type=int, default=2000)
+    parser.add_argument("--pretrain-steps", type=int, default=800)
+    parser.add_argument("--limit-eval", type=int, default=500)
+    parser.add_argument("--tiny", action="store_true", help="one seed, a few steps: does it run?")
+    given = parser.parse_args()
+    if given.tiny:
+        given.steps = given.companion_steps = given.pretrain_steps = 2
+    given.text = given.text or corpus_text(given)
+    small = companion(given, given.companion_steps)
+    pretrained = pretrained_shadow(given, small, given.pretrain_steps)
+    given.out.mkdir(parents=True, exist_ok=True)
+    seeds = SEEDS[:1] if given.tiny else SEEDS
+    for task, seed, initialisation in itertools.product(given.tasks.split(","), seeds, INITIALISATIONS):
+        path = given.out / f"{task}-{initialisation}-{seed}.json"
+        if not path.is_file():
+            write_record(path, run_cell(given, task, initialisation, seed, pretrained))
+        Console().print(path.name)
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(given.out.glob("*.json"))]
+    print(summary(cells))
+
+
+if __name__ == "__main__":
+    main()

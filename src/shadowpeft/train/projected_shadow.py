@@ -1,0 +1,89 @@
+"""What pretraining trains: a small model behind the large one's frozen head, and its three losses."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+from shadowpeft.core import ShadowNetwork
+from shadowpeft.model.architectures import architecture_of
+from shadowpeft.train.pretrain_config import PretrainConfig
+
+
+class ProjectedShadow(nn.Module):
+    """``y = W_lm P h`` (Eq. 11): what is trained is registered, what is frozen and large is not.
+
+    Args:
+        base: the large model; its head, and for distillation all of it, is used frozen.
+        network: backbone and projection; its steps stay unused.
+        config: objective and weights.
+        own_head: the small model's head, for the objective ``projection``.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, network: ShadowNetwork, config: PretrainConfig, own_head: PreTrainedModel | None
+    ) -> None:
+        super().__init__()
+        self.backbone, self.projection = network.backbone, network.projection
+        self.embedding_projection = network.embedding_projection
+        # In tuples, so that neither checkpoints nor the optimizer see them.
+        self._frozen = (base.requires_grad_(False).eval(),)
+        self._own_head = (own_head,)
+        self._network = (network,)
+        self._config = config
+        self.requires_grad_(True)
+        if config.objective == "projection":
+            self.backbone.requires_grad_(False)
+        elif not config.train_embeddings and not network.config.shares_embeddings:
+            self.backbone.get_input_embeddings().requires_grad_(False)
+
+    def frozen_to(self, device: torch.device) -> None:
+        """Moves what is not registered."""
+        for (module,) in (self._frozen, self._own_head):
+            if module is not None:
+                module.to(device)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
+        """Logits [B, T, V] of the shadow behind the large head and, with labels, the objective's loss."""
+        hidden = self._hidden(input_ids)
+        logits = self._logits(self._frozen[0], self._project(hidden))
+        loss = None if labels is None else self._loss(input_ids, labels, hidden, logits)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    def _hidden(self, input_ids: Tensor) -> Tensor:
+        network, base = self._network[0], self._frozen[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.objective != "projection"):
+            if not network.config.shares_embeddings:
+                return self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+            embedded = base.get_input_embeddings()(input_ids).to(network.dtype)
+            if self.embedding_projection is not None:
+                embedded = self.embedding_projection(embedded)
+            return self.backbone(inputs_embeds=embedded, use_cache=False).last_hidden_state
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        return hidden if self.projection is None else self.projection(hidden)
+
+    @staticmethod
+    def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+        head = model.get_output_embeddings()
+        return architecture_of(model.config).finish_logits(model.config, head(hidden.to(head.weight.dtype))).float()
+
+    def _loss(self, input_ids: Tensor, labels: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
+        if self._config.objective == "causal_lm":
+            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        with torch.no_grad():
+            if self._config.objective == "projection":
+                assert self._own_head[0] is not None
+                teacher = self._logits(self._own_head[0], hidden)
+            else:
+                teacher = self._frozen[0](input_ids=input_ids, use_cache=False).logits.float()
+        return distillation_loss(logits, teacher, self._config)
+
+
+def distillation_loss(logits: Tensor, teacher: Tensor, config: PretrainConfig) -> Tensor:
+    """``kl_weight * T^2 KL(teacher || student) + mse_weight * MSE``, means over positions (and, for MSE, tokens)."""
+    heat = config.temperature
+    log_student, log_teacher = (F.log_softmax(x.flatten(0, -2) / heat, dim=-1) for x in (logits, teacher))
+    divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * heat**2
+    return config.kl_weight * divergence + config.mse_weight * F.mse_loss(logits, teacher)

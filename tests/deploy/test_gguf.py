@@ -1,0 +1,127 @@
+"""GGUF files, read back tensor by tensor and run by an independent forward pass from the file alone."""
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+from models import randomise, tiny_base, tiny_config, tokens
+from shadowpeft import get_shadow_model
+from shadowpeft.deploy.gguf import GGUF_FILE, check_gguf, write_gguf
+from shadowpeft.deploy.gguf_tokenizer import word_rules
+from shadowpeft.deploy.packages import ExportError
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install 'shadowpeft[export]')")
+
+
+def detached(model_type: str, **fields):
+    model = get_shadow_model(tiny_base(model_type, dtype=torch.float32, **fields),
+                             tiny_config(adapter_dtype="float32", shadow_num_hidden_layers=2))  # fmt: skip
+    randomise(model.network())
+    return model.detach()
+
+
+def forward_from_file(path, ids: torch.Tensor) -> torch.Tensor:
+    """A llama / qwen3 pass by llama.cpp's conventions: neighbouring pairs rotate in llama, halves in qwen3."""
+    reader = gguf.GGUFReader(path)
+    value = lambda key: reader.fields[key].contents()  # noqa: E731
+    kind = value("general.architecture")
+    of = lambda key: value(f"{kind}.{key}")  # noqa: E731
+    weights = {t.name: torch.from_numpy(np.array(t.data)).double() for t in reader.tensors}
+    heads, kv_heads, width = of("attention.head_count"), of("attention.head_count_kv"), of("attention.key_length")
+    eps = of("attention.layer_norm_rms_epsilon")
+    norm = lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * w  # noqa: E731
+    length = ids.shape[1]
+    angles = torch.arange(length)[:, None] / of("rope.freq_base") ** (torch.arange(0, width, 2).double() / width)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+
+    def rotate(x):  # [T, heads, width]
+        first, second = (x[..., 0::2], x[..., 1::2]) if kind == "llama" else x.chunk(2, -1)
+        pair = first * cos - second * sin, first * sin + second * cos
+        return torch.stack(pair, -1).flatten(-2) if kind == "llama" else torch.cat(pair, -1)
+
+    x = weights["token_embd.weight"][ids[0]]
+    future = torch.full((length, length), -torch.inf).triu(1)
+    for index in range(of("block_count")):
+        w = {n.split(".", 2)[2]: t for n, t in weights.items() if n.startswith(f"blk.{index}.")}
+        h = norm(x, w["attn_norm.weight"])
+        q, k, v = (
+            (h @ w[f"attn_{n}.weight"].T).view(length, count, width)
+            for n, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
+        )
+        if kind == "qwen3":
+            q, k = norm(q, w["attn_q_norm.weight"]), norm(k, w["attn_k_norm.weight"])
+        q, k = rotate(q), rotate(k)
+        k, v = (t.repeat_interleave(heads // kv_heads, 1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / width**0.5 + future
+        x = x + torch.einsum("hqk,khd->qhd", scores.softmax(-1), v).flatten(1) @ w["attn_output.weight"].T
+        h = norm(x, w["ffn_norm.weight"])
+        gate = torch.nn.functional.silu(h @ w["ffn_gate.weight"].T)
+        x = x + (gate * (h @ w["ffn_up.weight"].T)) @ w["ffn_down.weight"].T
+    return norm(x, weights["output_norm.weight"]) @ weights.get("output.weight", weights["token_embd.weight"]).T
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_a_forward_pass_from_the_file_alone_gives_the_detached_logits(tmp_path, model_type, tied):
+    model = detached(model_type, tie_word_embeddings=tied)
+    assert model.config.tie_word_embeddings == tied
+    notes = write_gguf(model, tmp_path / "out").notes
+    assert notes == ["no tokenizer was given"]
+    with torch.no_grad():
+        expected = model.double()(tokens(1, 7)).logits[0]
+    assert_close(forward_from_file(tmp_path / "out" / GGUF_FILE, tokens(1, 7)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_halves_matrices_and_keeps_vectors(tmp_path):
+    model = detached("llama")
+    write_gguf(model, tmp_path / "out", precision="float16")
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).tensors}
+    assert kinds["blk.0.attn_q.weight"] == "F16" and kinds["output_norm.weight"] == "F32"
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight"):
+        check_gguf(tmp_path / "out" / GGUF_FILE, model, "float16")
+
+
+def byte_level(*before) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|end|>"], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())  # fmt: skip
+    tokenizer.train_from_iterator(["turn on the lights in the kitchen"] * 4, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>")
+
+
+def test_a_byte_level_vocabulary_is_stored_with_merges_kinds_and_word_rules(tmp_path):
+    tokenizer = byte_level(pre_tokenizers.Digits(individual_digits=True))
+    model = detached("llama", vocab_size=len(tokenizer))
+    assert write_gguf(model, tmp_path / "out", tokenizer=tokenizer).notes == []
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields.items()}
+    assert fields["tokenizer.ggml.model"] == "gpt2" and fields["tokenizer.ggml.pre"] == "smollm"
+    vocabulary = tokenizer.get_vocab()
+    assert fields["tokenizer.ggml.tokens"] == sorted(vocabulary, key=vocabulary.get)
+    assert fields["tokenizer.ggml.token_type"][:2] == [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
+    assert all(len(merge.split(" ")) == 2 for merge in fields["tokenizer.ggml.merges"])
+    assert fields["tokenizer.ggml.eos_token_id"] == 0 and fields["tokenizer.ggml.add_bos_token"] is False
+
+
+def test_word_rules_are_recognised_or_left_unnamed():
+    byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    assert word_rules(byte) == "gpt-2"
+    assert word_rules({"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, byte]}) is None
+    assert word_rules({"type": "Metaspace"}) is None and word_rules(None) is None
+
+
+def test_another_type_and_features_the_format_lacks_are_refused(tmp_path):
+    with pytest.raises(ExportError, match="llama, qwen3, not 'gpt2'"):
+        write_gguf(detached("gpt2"), tmp_path / "out")
+    classifier = get_shadow_model(tiny_base(labels=3), tiny_config(task_type="SEQ_CLS")).detach()
+    with pytest.raises(ExportError, match="not for LlamaForSequenceClassification"):
+        write_gguf(classifier, tmp_path / "out")
+    with pytest.raises(ExportError, match="attention_bias=True"):
+        write_gguf(detached("llama", attention_bias=True), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
