@@ -2,15 +2,15 @@ import dataclasses
 
 import pytest
 import torch
-from models import tiny_base
 
+from models import tiny_base
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare.budget import adapted_modules, base_config, meta_base, solve, target_of
 from shadowpeft.evaluate.compare.methods import num_trained, put_on, trials_of
 from shadowpeft.evaluate.compare.recipe import MethodSpec
 
-# PEFT 0.21 asks transformers for a property that transformers 5.23 has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+# transformers 5.23 has renamed what PEFT 0.21 and transformers 5.17 know under this name.
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
 
 SHADOW = MethodSpec(kind="shadow", shadow={"shadow_intermediate_size": 24, "r": 4, "update_hidden_size": 3})
 SOLVED = {"lora": MethodSpec(kind="lora"), "dora": MethodSpec(kind="dora"), "shadow": SHADOW}

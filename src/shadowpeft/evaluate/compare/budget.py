@@ -17,9 +17,10 @@ from transformers import (
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.evaluate.compare.recipe import MethodSpec
-from shadowpeft.model.bases import location
-from shadowpeft.model.build import build_network
 from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of
+from shadowpeft.model.backbones import empty_backbone
+from shadowpeft.model.bases import location
+from shadowpeft.model.build import assemble_network, build_network, set_trainable
 
 SIZES = ("r", "update_hidden_size", "shadow_intermediate_size")
 SMALLEST = {"r": 1, "update_hidden_size": 1, "shadow_intermediate_size": 8}
@@ -95,9 +96,7 @@ def solve(method: MethodSpec, base: PreTrainedModel, target: int | None, toleran
     return sized
 
 
-def target_of(
-    parameters: int | None, reference: MethodSpec, base: PreTrainedModel, tolerance: float
-) -> int:
+def target_of(parameters: int | None, reference: MethodSpec, base: PreTrainedModel, tolerance: float) -> int:
     """The number all methods aim at: ``parameters`` and the reference's heads, else the reference as it is."""
     if parameters is None:
         own = MethodSpec(**{**vars(reference), "budget": "own"})
@@ -115,7 +114,7 @@ def _head(base: PreTrainedModel) -> int:
 
 
 def _lora(method: MethodSpec, base: PreTrainedModel, target: int | None) -> Sized:
-    """One rank everywhere, and one more in as many modules as it takes; DoRA also trains a magnitude for each output."""
+    """One rank everywhere, and one more in as many modules as it takes; DoRA also trains a magnitude an output."""
     shapes = adapted_modules(base, method.targets)
     rest = _head(base) + (sum(width for _, width in shapes.values()) if method.kind == "dora" else 0)
     of_rank_one = {name: sum(shape) for name, shape in shapes.items()}
@@ -166,8 +165,15 @@ def shadow_config(method: MethodSpec, *, is_classifier: bool, **changes: Any) ->
 
 
 def count_shadow(config: ShadowConfig, base: PreTrainedModel) -> int:
+    """Trained parameters of a network on ``base``; a pretrained shadow is counted by its config alone."""
     with torch.device("meta"):
-        return build_network(base, config).num_parameters(only_trainable=True)
+        if config.is_implicit or config.shadow_model.startswith("base:"):
+            return build_network(base, config).num_parameters(only_trainable=True)
+        shadow = base_config(config.shadow_model, None)
+        backbone = empty_backbone(base, shadow, keep_embeddings=not config.shares_embeddings)
+        network = assemble_network(base, config, backbone)
+    set_trainable(network, True)
+    return network.num_parameters(only_trainable=True)
 
 
 def _shadow(method: MethodSpec, base: PreTrainedModel, target: int | None) -> Sized:
@@ -180,13 +186,11 @@ def _shadow(method: MethodSpec, base: PreTrainedModel, target: int | None) -> Si
         return Sized(trainable=count_shadow(config, base))
     given = {name: getattr(config, name) for name in SIZES}
     if given["shadow_intermediate_size"] is None:
-        architecture = architecture_of(base.config)
-        given["shadow_intermediate_size"] = getattr(base.config, architecture.mlp_width[0]) or 4 * base.config.hidden_size
+        width = getattr(base.config, architecture_of(base.config).mlp_width[0])
+        given["shadow_intermediate_size"] = width or 4 * base.config.hidden_size
     config = config.replace(**given)
     count = count_shadow(config, base)
-    slopes = {
-        name: count_shadow(config.replace(**{name: given[name] + 1}), base) - count for name in SIZES
-    }
+    slopes = {name: count_shadow(config.replace(**{name: given[name] + 1}), base) - count for name in SIZES}
     fixed = count - sum(slopes[name] * given[name] for name in SIZES)
     factor = (target - fixed) / (count - fixed)
     sizes = {name: max(SMALLEST[name], round(factor * given[name])) for name in SIZES}

@@ -54,7 +54,6 @@ def put_on(
     sized: Sized,
     *,
     overrides: dict[str, Any],
-    data_root: Path | None = None,
 ) -> Any:
     """The model to train: ``base`` with the method's weights, and nothing else, set to be trained.
 
@@ -70,10 +69,7 @@ def put_on(
     if method.kind in ("lora", "dora"):
         return _with_lora(base, method, sized)
     if method.kind.startswith("shadow"):
-        place = {}
-        if "shadow_model" in method.shadow:
-            place["shadow_model"] = resolve(method.shadow["shadow_model"], data_root)
-        config = shadow_config(method, is_classifier=is_classifier(base), **{**place, **sized.shadow, **overrides})
+        config = shadow_config(method, is_classifier=is_classifier(base), **{**sized.shadow, **overrides})
         return get_shadow_model(base, config)
     return base
 

@@ -92,7 +92,7 @@ def _main(recipe: Recipe) -> list[Cell]:
                             seed=seed,
                             score_on=tuple(dict.fromkeys(scored)),
                             needs=_search_ids(recipe, base, task, [method]),
-                            score_detached=bool(settings.get("score_detached")) or bool(before and before.score_detached),
+                            score_detached=bool(settings.get("score_detached") or (before and before.score_detached)),
                         )
     return list(chosen.values())
 

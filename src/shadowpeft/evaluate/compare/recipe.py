@@ -164,10 +164,10 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _spec(kind: type, entry: dict[str, Any] | None, **defaults: Any) -> Any:
+def _spec(spec: type, entry: dict[str, Any] | None, **defaults: Any) -> Any:
     values = {**defaults, **(entry or {})}
-    check_keys(values, {item.name for item in fields(kind)}, what=kind.__name__.removesuffix("Spec").lower())
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+    check_keys(values, {item.name for item in fields(spec)}, what=spec.__name__.removesuffix("Spec").lower())
+    return spec(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 def _check(recipe: Recipe) -> None:
