@@ -15,13 +15,14 @@ from models import tiny_base
 WORDS = ["sit", "stand", "play", "stop", "wake", "sing"]
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
     """One token a byte; 0-2 are special."""
     names = ["<pad>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     built = Tokenizer(models.BPE(vocab={name: number for number, name in enumerate(names)}, merges=[]))
     built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     built.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=built, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"} | options
+    return PreTrainedTokenizerFast(tokenizer_object=built, **options)
 
 
 def write_base(folder: Path, **overrides: Any) -> None:

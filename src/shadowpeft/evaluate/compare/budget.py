@@ -164,12 +164,12 @@ def shadow_config(method: MethodSpec, *, is_classifier: bool, **changes: Any) ->
     return ShadowConfig.preset(preset, **{**given, **changes, "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM"})
 
 
-def count_shadow(config: ShadowConfig, base: PreTrainedModel) -> int:
-    """Trained parameters of a network on ``base``; a pretrained shadow is counted by its config alone."""
+def count_shadow(config: ShadowConfig, base: PreTrainedModel, shape: Mapping[str, Any] | None = None) -> int:
+    """Trained parameters of a network on ``base``; a pretrained shadow is counted by its config (``shape``) alone."""
     with torch.device("meta"):
         if config.is_implicit or config.shadow_model.startswith("base:"):
             return build_network(base, config).num_parameters(only_trainable=True)
-        shadow = base_config(config.shadow_model, None)
+        shadow = base_config(config.shadow_model, shape)
         backbone = empty_backbone(base, shadow, keep_embeddings=not config.shares_embeddings)
         network = assemble_network(base, config, backbone)
     set_trainable(network, True)
@@ -183,7 +183,7 @@ def _shadow(method: MethodSpec, base: PreTrainedModel, target: int | None) -> Si
     """
     config = shadow_config(method, is_classifier=hasattr(base, "score"))
     if target is None:
-        return Sized(trainable=count_shadow(config, base))
+        return Sized(trainable=count_shadow(config, base, method.shadow_shape))
     given = {name: getattr(config, name) for name in SIZES}
     if given["shadow_intermediate_size"] is None:
         width = getattr(base.config, architecture_of(base.config).mlp_width[0])

@@ -6,9 +6,10 @@ from rich.console import Console
 from rich.table import Table
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.compare.estimate import Estimated, estimate
+from shadowpeft.evaluate.compare.estimate import Estimated, estimate, num_labels
+from shadowpeft.evaluate.compare.measure import measure_steps
 from shadowpeft.evaluate.compare.plan import plan_cells
-from shadowpeft.evaluate.compare.recipe import SECTIONS, Recipe, known, read_recipe
+from shadowpeft.evaluate.compare.recipe import SECTIONS, known, read_recipe
 from shadowpeft.evaluate.compare.report import write_report
 from shadowpeft.evaluate.compare.runner import Counts, pending_cells, run_cells, worker_command
 from shadowpeft.evaluate.compare.store import Store
@@ -25,10 +26,12 @@ def compare(
     timeout: float = 24 * 3600.0,
     sections: list[str] | None = None,
     plan: bool = False,
+    measure: bool = False,
     retry_failed: bool = False,
     report_only: bool = False,
 ) -> Counts | list[Estimated]:
-    """Runs what is not done yet and writes the report; with ``plan`` it only says what there is to do.
+    """Runs what is not done yet and writes the report; with ``plan`` it only says what there is to do, with
+    ``measure`` after timing some steps of every method on this machine.
 
     Returns:
         what was done, or the lines of the plan.
@@ -43,8 +46,9 @@ def compare(
     if data_root is not None and not data_root.is_dir():
         raise ConfigError(f"there is no folder {data_root}; --data-root is where the recipe's relative paths start")
     output = Path("runs") / read.name if output is None else output
-    if plan:
-        return show_plan(read, Store(recipe=read, output=output, data_root=data_root), console, sections)
+    if plan or measure:
+        store = Store(recipe=read, output=output, data_root=data_root)
+        return show_plan(store, console, sections, measure=measure)
     counts = Counts()
     if not report_only:
         cells = pending_cells(read, output, retry_failed=retry_failed, sections=sections)
@@ -69,10 +73,14 @@ def compare(
     return counts
 
 
-def show_plan(recipe: Recipe, store: Store, console: Console, sections: list[str] | None) -> list[Estimated]:
+def show_plan(store: Store, console: Console, sections: list[str] | None, *, measure: bool) -> list[Estimated]:
     """Prints cells, sizes, memory and hours."""
+    recipe = store.recipe
     cells = [cell for cell in plan_cells(recipe) if not sections or cell.section in sections]
-    lines = estimate(cells, store)
+    measured: dict[tuple[str, str, str], float] = {}
+    if measure:
+        measured = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})
+    lines = estimate(cells, store, measured)
     table = Table(title=f"{recipe.name}: {len(cells)} cells")
     for heading in ("section", "base", "task", "method", "variant"):
         table.add_column(heading)
@@ -86,8 +94,12 @@ def show_plan(recipe: Recipe, store: Store, console: Console, sections: list[str
     hours = [line.hours for line in lines if line.hours is not None]
     unknown = sum(line.hours is None and line.section != "latency" for line in lines)
     sources = sorted({spec.measured_on for spec in recipe.bases.values() if spec.measured_on})
-    measured = bool(hours and sources)
-    said = f"training: {sum(hours):,.1f} hours by step times measured on {'; '.join(sources)}" if measured else ""
+    if measured:
+        sources = ["this machine"]
+        for (base, task, method), seconds in measured.items():
+            console.print(f"{base}, {task}, {method}: {seconds:.4f} s a step", markup=False)
+    is_known = bool(hours and sources)
+    said = f"training: {sum(hours):,.1f} hours by step times measured on {'; '.join(sources)}" if is_known else ""
     if unknown:
         said += f"{'; ' if said else ''}{unknown} lines without a measured step time (bases: step_seconds)"
     console.print(said, markup=False, soft_wrap=True)

@@ -40,15 +40,21 @@ class Estimated:
     hours: float | None
 
 
-def estimate(cells: list[Cell], store: Store) -> list[Estimated]:
-    """Groups cells that differ in the seed alone."""
+def estimate(
+    cells: list[Cell], store: Store, measured: dict[tuple[str, str, str], float] | None = None
+) -> list[Estimated]:
+    """Groups cells that differ in the seed alone.
+
+    Args:
+        measured: (base, task, method) -> seconds of a step; they go before those that the recipe gives.
+    """
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.section, cell.base, cell.task, cell.method, cell.variant), []).append(cell)
-    return [_of_group(group, store) for group in groups.values()]
+    return [_of_group(group, store, measured or {}) for group in groups.values()]
 
 
-def _of_group(group: list[Cell], store: Store) -> Estimated:
+def _of_group(group: list[Cell], store: Store, measured: dict[tuple[str, str, str], float]) -> Estimated:
     cell, recipe = group[0], store.recipe
     shared: dict[str, Any] = {
         name: getattr(cell, name) for name in ("section", "base", "task", "method", "variant")
@@ -57,7 +63,7 @@ def _of_group(group: list[Cell], store: Store) -> Estimated:
     if cell.section == "latency":
         return Estimated(**shared, **nothing)
     try:
-        sized = store.size(cell, _num_labels(cell, store))
+        sized = store.size(cell, num_labels(cell.task, store))
     except ShadowPeftError as error:
         return Estimated(**shared, **{**nothing, "problem": str(error)})
     config = recipe.train_config(cell.base, cell.task, cell.method)
@@ -69,7 +75,8 @@ def _of_group(group: list[Cell], store: Store) -> Estimated:
         total = recipe.search.trials * math.ceil(total * recipe.search.share)
     spec = recipe.bases[cell.base]
     kind = recipe.methods[cell.method].kind
-    seconds = spec.step_seconds.get(cell.method, spec.step_seconds.get(kind))
+    given = spec.step_seconds.get(cell.method, spec.step_seconds.get(kind))
+    seconds = measured.get((cell.base, cell.task, cell.method), given)
     shape = base_config(store.base_path(cell.base), spec.config)
     memory = memory_bytes(shape, config, sized, tokens=recipe.tasks[cell.task].mean_tokens or config.max_length)
     return Estimated(
@@ -82,13 +89,12 @@ def _of_group(group: list[Cell], store: Store) -> Estimated:
     )
 
 
-def _num_labels(cell: Cell, store: Store) -> int | None:
-    if store.task(cell.task).kind != "classification":
+def num_labels(task: str, store: Store) -> int | None:
+    """Labels of a task entry, from the recipe or else the data; None for tasks answered by text."""
+    if store.task(task).kind != "classification":
         return None
-    given = store.recipe.tasks[cell.task].num_labels
-    if given is not None:
-        return given
-    return len(store.labels(cell.task) or ())
+    given = store.recipe.tasks[task].num_labels
+    return given if given is not None else len(store.labels(task) or ())
 
 
 def _steps(cell: Cell, config: TrainConfig, store: Store) -> int | None:

@@ -47,7 +47,7 @@ def fit(
     mean = sum(len(example["input_ids"]) for example in examples) / len(examples)
     tokens = round(mean * min(config.batch_size, len(examples)) * config.gradient_accumulation * steps)
     return {
-        "minutes": round(seconds / 60, 4),
+        "minutes": round(seconds / 60, 6),
         "steps": steps,
         "tokens": tokens,
         "tokens_per_second": round(tokens / seconds, 1),

@@ -23,6 +23,7 @@ class BaseSpec:
         config: a transformers config as a mapping; ``--plan`` then needs neither files nor network.
         parameters: the budget without classification heads; None: the size of the reference method.
         train: fields of ``TrainConfig`` for this base.
+        shadow: fields of ``ShadowConfig`` for shadows on this base, such as its number of heads.
         step_seconds: method -> measured seconds of one optimizer step, for ``--plan``.
         measured_on: what measured them.
     """
@@ -31,6 +32,7 @@ class BaseSpec:
     config: dict[str, Any] | None = None
     parameters: int | None = None
     train: dict[str, Any] = field(default_factory=dict)
+    shadow: dict[str, Any] = field(default_factory=dict)
     step_seconds: dict[str, float] = field(default_factory=dict)
     measured_on: str | None = None
 
@@ -68,6 +70,7 @@ class MethodSpec:
         scale: alpha / r of LoRA and DoRA.
         dropout: of LoRA and DoRA.
         shadow: fields of ``ShadowConfig``, and ``preset``.
+        shadow_shape: a transformers config of a pretrained shadow, so that ``--plan`` needs no files of it.
         train: fields of ``TrainConfig`` for this method.
         trials: settings to try in the search, each ``{"learning_rate": ..., "shadow_alpha": ...}``; default: a
             spread over the method's usual range.
@@ -80,6 +83,7 @@ class MethodSpec:
     scale: float = 1.0
     dropout: float = 0.05
     shadow: dict[str, Any] = field(default_factory=dict)
+    shadow_shape: dict[str, Any] | None = None
     train: dict[str, Any] = field(default_factory=dict)
     trials: tuple[dict[str, float], ...] = ()
 

@@ -36,13 +36,13 @@ class Store:
     def base_path(self, name: str) -> str:
         return resolve(self.recipe.bases[name].path, self.data_root)
 
-    def method(self, name: str) -> MethodSpec:
-        """A method of the recipe, its pretrained shadow found below the data root."""
+    def method(self, name: str, base: str) -> MethodSpec:
+        """A method of the recipe with what a base's shadows differ in, and its pretrained shadow found on disk."""
         spec = self.recipe.methods[name]
-        if "shadow_model" not in spec.shadow:
-            return spec
-        place = resolve(spec.shadow["shadow_model"], self.data_root)
-        return dataclasses.replace(spec, shadow={**spec.shadow, "shadow_model": place})
+        shadow = {**spec.shadow, **self.recipe.bases[base].shadow}
+        if "shadow_model" in shadow:
+            shadow["shadow_model"] = resolve(shadow["shadow_model"], self.data_root)
+        return dataclasses.replace(spec, shadow=shadow)
 
     def rows(self, name: str, split: str, limit: int | None = None) -> list[Row]:
         """Rows of a task entry; a random sample of ``limit``, the same one every time.
@@ -87,8 +87,8 @@ class Store:
         recipe, spec = self.recipe, self.recipe.bases[cell.base]
         base = meta_base(base_config(self.base_path(cell.base), spec.config), num_labels)
         parameters = cell.parameters if cell.parameters is not None else spec.parameters
-        target = target_of(parameters, self.method(recipe.reference), base, recipe.tolerance)
-        return solve(self.method(cell.method), base, target, recipe.tolerance)
+        target = target_of(parameters, self.method(recipe.reference, cell.base), base, recipe.tolerance)
+        return solve(self.method(cell.method, cell.base), base, target, recipe.tolerance)
 
     def setting(self, cell: Cell, method: str) -> dict[str, float]:
         """What the search chose for a method on a cell's base and task; empty where nothing was searched."""

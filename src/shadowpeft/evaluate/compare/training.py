@@ -46,7 +46,7 @@ def train_method(cell: Cell, store: Store, setting: Payload, *, seed: int, share
     base = load_model(path, labels=labels, dtype=config.dtype)
     base.config.pad_token_id = tokenizer.pad_token_id
     overrides = shadow_changes | dict(cell.overrides)
-    model = put_on(base, store.method(cell.method), sized, overrides=overrides)
+    model = put_on(base, store.method(cell.method, cell.base), sized, overrides=overrides)
     is_changed = bool(cell.overrides) or recipe.methods[cell.method].kind == "shadow-pretrained"
     trainable = check_size(model, sized, is_changed=is_changed)
     if torch.cuda.is_available():
