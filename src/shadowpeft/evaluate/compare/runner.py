@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -95,7 +96,9 @@ class Worker:
         if answer.strip() == f"done {cell.id}":
             return None
         self._process = None
+        process.kill()
         code = process.wait()
+        _close(process)
         said = self._log.read_text(encoding="utf-8", errors="replace")
         if time.monotonic() - started >= self._timeout:
             return f"{said}\nstopped after {self._timeout:.0f} s, the limit for one cell"
@@ -118,12 +121,22 @@ class Worker:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            _close(self._process)
 
     def close(self) -> None:
         """Lets the process end by itself."""
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
             self._process.wait()
+            _close(self._process)
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    """Closes both pipes of a process that has ended; what it never read is dropped."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
 
 
 def pending_cells(recipe: Recipe, output: Path, *, retry_failed: bool, sections: list[str] | None = None) -> list[Cell]:
