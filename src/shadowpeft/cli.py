@@ -230,6 +230,39 @@ def convert(
     )
 
 
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of bases, tasks and methods; see docs/compare.md")],
+    output: Annotated[Path | None, typer.Option(help="folder of results and report; default: runs/NAME")] = None,
+    data_root: Annotated[Path | None, typer.Option(help="where relative paths start; default: the hub")] = None,
+    workers: Annotated[int, typer.Option(help="processes side by side")] = 1,
+    threads: Annotated[int, typer.Option(help="CPU threads a process")] = 1,
+    timeout: Annotated[float, typer.Option(help="seconds a cell may take")] = 86400.0,
+    section: Annotated[list[str] | None, typer.Option(help="only this section; may be given more than once")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="print cells, sizes and hours; run nothing")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="--plan with step times measured here")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed cells again")] = False,
+    report_only: Annotated[bool, typer.Option("--report-only", help="write the report of what is there")] = False,
+) -> None:
+    """Compare methods at equal budget and equal search, and report with intervals and paired tests."""
+    from shadowpeft.evaluate.compare import compare as run_comparison
+
+    run_comparison(
+        recipe,
+        console,
+        output=output,
+        data_root=data_root,
+        workers=workers,
+        threads=threads,
+        timeout=timeout,
+        sections=section,
+        plan=plan,
+        measure=measure,
+        retry_failed=retry_failed,
+        report_only=report_only,
+    )
+
+
 def main() -> None:
     """Runs the command; bad input ends in one line on stderr and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -22,8 +22,22 @@ ROWS = {
         "mr": "name[Zizzi], food[Thai], familyFriendly[yes]",
         "ref": "Zizzi serves Thai food to everyone.",
     },
+    "metamathqa": {"query": "6 times 3?", "response": "6 x 3 = 18\n#### 18\nThe answer is: 18"},
+    "snips": {
+        "text": "play clem burke on Pre-Party",
+        "intent": "PlayMusic",
+        "spans": [
+            {"text": "play "},
+            {"text": "clem burke", "entity": "artist"},
+            {"text": " on "},
+            {"text": "Pre-Party", "entity": "playlist"},
+        ],
+    },
     "instruction": {"prompt": "Say hello.", "answer": "Hello there."},
-    **dict.fromkeys(("amazon", "20news", "trec", "sst2", "sst5", "classification"), REVIEW),
+    **dict.fromkeys(
+        ("amazon", "20news", "trec", "sst2", "sst5", "classification", "clinc150_labels", "home_commands_labels"),
+        REVIEW,
+    ),
     **dict.fromkeys(("clinc150", "home_commands", "robot", "intent"), COMMAND),
 }
 
@@ -229,3 +243,69 @@ def test_white_space_joins_an_instruction_and_its_answer_once(prompt, answer, ta
 def test_a_label_goes_by_its_name_where_the_source_gives_one():
     assert TASKS["20news"].target({"text": "x", "label": 7, "label_text": "rec.autos"}) == "rec.autos"
     assert TASKS["sst2"].target({"text": "x", "label": 0}) == "0"
+
+
+# ---------------------------------------------------------------- slots and worked answers
+
+
+def test_slots_are_written_as_one_line_of_json_and_a_slot_filled_twice_holds_a_list():
+    row = {
+        "text": "from Rome to Oslo",
+        "intent": "Fly",
+        "spans": [{"text": "Rome", "entity": "city"}, {"text": " to "}, {"text": "Oslo ", "entity": "city"}],
+    }
+    assert TASKS["snips"].target(row) == ' {"intent": "Fly", "city": ["Rome", "Oslo"]}'
+    assert scores("snips", TASKS["snips"].target(row), row) == {"exact_match": 1.0, "intent_accuracy": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "exact", "intent"),
+    [
+        ('{"intent": "PlayMusic", "playlist": "Pre-Party", "artist": "clem burke"} and more', 1.0, 1.0),
+        ('{"intent": "PlayMusic", "artist": "clem"}', 0.0, 1.0),
+        ('{"intent": "PlayMusic", "artist": 7}', 0.0, 1.0),
+        ('{"artist": "clem burke", "playlist": "Pre-Party"}', 0.0, 0.0),
+        ('{"intent": "PlayMusic", "artist": "clem', 0.0, 0.0),
+        ("[1, 2]", 0.0, 0.0),
+    ],
+)
+def test_slots_are_right_in_any_order_and_broken_json_is_no_answer(text, exact, intent):
+    assert scores("snips", text, ROWS["snips"]) == {"exact_match": exact, "intent_accuracy": intent}
+
+
+def test_slot_f1_adds_up_slots_over_all_rows():
+    rows = [ROWS["snips"], {"text": "hi", "intent": "Greet", "spans": [{"text": "hi"}]}]
+    said = ['{"intent": "x", "artist": "clem burke", "album": "y"}', None]
+    assert TASKS["snips"].corpus_score(said, rows) == {"slot_f1": 2 * 1 / (2 + 2)}
+    assert TASKS["snips"].corpus_score([None, None], [rows[1], rows[1]]) == {"slot_f1": 0.0}
+
+
+def test_a_metamathqa_answer_takes_the_form_that_gsm8k_is_read_by():
+    row = {"query": "?", "response": "2+2 = 4\n#### 4\nThe answer is: 4"}
+    assert TASKS["metamathqa"].target(row) == " 2+2 = 4\n#### 4"
+    assert TASKS["gsm8k"].extract(TASKS["metamathqa"].target(row)) == "4"
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "right"),
+    [
+        ("4", "#### 4.0", 1.0),
+        (r"\frac{1}{2}", r"so #### \frac{1}{2}", 1.0),
+        (r"\frac{1}{2}", r"#### \frac{1}{3}", 0.0),
+        ("4", "four", 0.0),
+        ("4x", "#### 4y", 0.0),
+    ],
+)
+def test_a_metamathqa_answer_is_compared_as_text_or_number(answer, text, right):
+    row = {"query": "?", "response": f"because. The answer is: {answer}"}
+    assert scores("metamathqa", text, row) == {"accuracy": right}
+
+
+def test_a_response_without_an_answer_is_refused():
+    with pytest.raises(DataError, match="The answer is"):
+        TASKS["metamathqa"].target({"query": "?", "response": "no idea"})
+
+
+def test_intents_serve_as_labels_of_the_classification_tasks():
+    task = TASKS["clinc150_labels"]
+    assert task.kind == "classification" and task.aliases == {"label": ("intent",)}

@@ -1,5 +1,6 @@
 """Answers as text: how they are read out of what a model wrote, and how they are compared. No models here."""
 
+import json
 import math
 import re
 import string
@@ -27,6 +28,12 @@ def final_number(text: str) -> str | None:
     """The number behind the first ``####``, without ``$`` and commas; None without one."""
     match = _NUMBER.search(text)
     return None if match is None else match[1].replace("+", "") + match[2].replace(",", "")
+
+
+def final_answer(text: str) -> str | None:
+    """What stands behind the first ``####`` on its line; None without one."""
+    rest = text.partition("####")[2].lstrip()
+    return rest.splitlines()[0].strip() or None if rest else None
 
 
 def same_number(left: str | None, right: str | None) -> bool:
@@ -157,3 +164,63 @@ def _words(text: str) -> list[str]:
 
 def _ngrams(words: list[str], order: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[start : start + order]) for start in range(len(words) - order + 1))
+
+
+# ---------------------------------------------------------------- slots as JSON
+
+
+def spoken_slots(row: Row) -> tuple[str, list[tuple[str, str]]]:
+    """(intent, sorted (slot, value) pairs) of a row with ``intent`` and ``spans``."""
+    pairs = [(span["entity"], span["text"].strip()) for span in row["spans"] if span.get("entity")]
+    return row["intent"], sorted(pairs)
+
+
+def slots_json(row: Row) -> str:
+    """``{"intent": "...", "artist": "..."}`` on one line; a slot that is filled twice holds a list."""
+    intent, _ = spoken_slots(row)
+    filled: dict[str, list[str]] = {}
+    for span in row["spans"]:
+        if span.get("entity"):
+            filled.setdefault(span["entity"], []).append(span["text"].strip())
+    slots = {name: values[0] if len(values) == 1 else values for name, values in filled.items()}
+    return json.dumps({"intent": intent, **slots}, ensure_ascii=False)
+
+
+def first_object(text: str) -> str | None:
+    """The JSON object that the text starts with; None if it starts with anything else or the object is broken."""
+    text = text.strip()
+    try:
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (json.JSONDecodeError, RecursionError):
+        return None
+    return text[:end] if isinstance(value, dict) else None
+
+
+def slots_of(prediction: str | None) -> tuple[str, list[tuple[str, str]]] | None:
+    """(intent, sorted pairs) of the object that a text starts with; values that are no text or list count as text."""
+    found = first_object(prediction or "")
+    if found is None:
+        return None
+    values = json.loads(found)
+    pairs = []
+    for name, value in values.items():
+        pairs += [(name, str(item)) for item in (value if isinstance(value, list) else [value]) if name != "intent"]
+    return str(values.get("intent", "")), sorted(pairs)
+
+
+def slot_counts(predictions: Sequence[str | None], rows: Sequence[Row]) -> list[list[int]]:
+    """[slots said and meant, slots said, slots meant] of each row. A slot under a wrong intent still counts."""
+    counts = []
+    for prediction, row in zip(predictions, rows, strict=True):
+        said, meant = Counter((slots_of(prediction) or ("", []))[1]), Counter(spoken_slots(row)[1])
+        counts.append([sum((said & meant).values()), sum(said.values()), sum(meant.values())])
+    return counts
+
+
+def f1_value(counts: Sequence[float]) -> float:
+    """Micro F1 over all slots, 0 to 1; 0 where nothing was said or meant."""
+    right, said, meant = counts
+    return 2 * right / (said + meant) if said + meant else 0.0
+
+
+SLOT_F1 = CorpusMetric(name="slot_f1", counts=slot_counts, value=f1_value)

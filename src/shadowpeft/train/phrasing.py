@@ -4,7 +4,17 @@ import logging
 import re
 
 from shadowpeft.errors import DataError
-from shadowpeft.train.answers import LETTERS, UNANSWERABLE, Row, final_number, same_number
+from shadowpeft.train.answers import (
+    LETTERS,
+    UNANSWERABLE,
+    Row,
+    final_answer,
+    final_number,
+    same_number,
+    slots_json,
+    slots_of,
+    spoken_slots,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -19,6 +29,45 @@ def solution(row: Row) -> str:
 
 def score_number(prediction: str | None, row: Row) -> dict[str, float]:
     return {"accuracy": float(same_number(prediction, final_number(row["answer"])))}
+
+
+# ---------------------------------------------------------------- MetaMathQA
+
+
+def worked_answer(row: Row) -> str:
+    """The response down to ``#### answer``, GSM8K's form, so that one model can be scored on both.
+
+    Raises:
+        DataError: the response does not say ``The answer is: ...``.
+    """
+    rationale, mark, answer = row["response"].rpartition("The answer is:")
+    if not mark:
+        raise DataError(f"the response {row['response'][:60]!r} does not end in 'The answer is: ...'; correct the row")
+    return f" {rationale.partition('####')[0].strip()}\n#### {answer.strip()}"
+
+
+def score_answer(prediction: str | None, row: Row) -> dict[str, float]:
+    """Equal as texts or, where both are numbers, as numbers."""
+    gold = final_answer(worked_answer(row))
+    is_same_number = same_number(final_number(f"#### {prediction}"), final_number(f"#### {gold}"))
+    are_numbers = prediction is not None and _NUMERAL.fullmatch(prediction) is not None
+    return {"accuracy": float(prediction == gold or (are_numbers and is_same_number))}
+
+
+_NUMERAL = re.compile(r"[-+$\s]*[\d,]*\.?\d+\.?")
+
+
+# ---------------------------------------------------------------- slots
+
+
+def slots_target(row: Row) -> str:
+    return f" {slots_json(row)}"
+
+
+def score_slots(prediction: str | None, row: Row) -> dict[str, float]:
+    """Whether intent and all slots are right, and the intent alone."""
+    said, meant = slots_of(prediction), spoken_slots(row)
+    return {"exact_match": float(said == meant), "intent_accuracy": float(bool(said) and said[0] == meant[0])}
 
 
 # ---------------------------------------------------------------- SQuAD v2

@@ -144,6 +144,25 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     )
 
 
+def make_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[dict[str, Any]],
+    arguments: TrainingArguments,
+    callbacks: list[Any],
+) -> ShadowTrainer:
+    """The trainer of every method: a shadow here; LoRA, a probe or the whole base in a comparison."""
+    trainer = ShadowTrainer(
+        model,
+        arguments,
+        train_dataset=examples,  # type: ignore[arg-type]
+        data_collator=AnswerCollator(tokenizer),
+        callbacks=callbacks,
+    )
+    trainer.pop_callback(PrinterCallback)
+    return trainer
+
+
 def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     """Trains one adapter in ``config.output`` and saves it to its ``adapter`` folder.
 
@@ -160,11 +179,11 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     arguments = training_arguments(config, folder)
     tokens_per_row = sum(len(example["input_ids"]) for example in prepared.examples) / len(prepared.examples)
     stop = StopOnInterrupt()
-    trainer = ShadowTrainer(
+    trainer = make_trainer(
         prepared.model,
+        prepared.tokenizer,
+        prepared.examples,
         arguments,
-        train_dataset=prepared.examples,  # type: ignore[arg-type]
-        data_collator=AnswerCollator(prepared.tokenizer),
         callbacks=[
             stop,
             MetricLines(folder / "metrics.jsonl"),
@@ -173,7 +192,6 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
             ),
         ],
     )
-    trainer.pop_callback(PrinterCallback)
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started

@@ -7,12 +7,15 @@ from typing import Any, Literal
 from shadowpeft.train.answers import (
     BLEU,
     LETTERS,
+    SLOT_F1,
     CorpusMetric,
     Row,
+    final_answer,
     final_number,
     first_call,
     first_letter,
     first_line,
+    first_object,
     skill_call,
     slot_accuracy,
     text_scores,
@@ -23,11 +26,15 @@ from shadowpeft.train.phrasing import (
     instruction_target,
     label_of,
     mmlu_prompt,
+    score_answer,
     score_number,
+    score_slots,
+    slots_target,
     solution,
     squad_prompt,
     with_all_references,
     without_headers,
+    worked_answer,
 )
 from shadowpeft.train.robot import generate_robot_commands
 
@@ -144,6 +151,18 @@ _ALL = (
         hub_config="main",
     ),
     Task(
+        name="metamathqa",
+        kind="generation",
+        metric="accuracy",
+        fields=("query", "response"),
+        prompt=lambda row: f"Question: {row['query']}\nAnswer:",
+        target=worked_answer,
+        extract=final_answer,
+        score=score_answer,
+        max_new_tokens=320,
+        hub_name="meta-math/MetaMathQA",
+    ),
+    Task(
         name="squad_v2",
         kind="generation",
         metric="exact_match",
@@ -188,6 +207,18 @@ _ALL = (
         corpus=BLEU,
     ),
     Task(
+        name="snips",
+        kind="generation",
+        metric="slot_f1",
+        fields=("text", "intent", "spans"),
+        prompt=lambda row: f"Command: {row['text'].strip()}\nSlots:",
+        target=slots_target,
+        extract=first_object,
+        score=score_slots,
+        max_new_tokens=160,
+        corpus=SLOT_F1,
+    ),
+    Task(
         name="instruction",
         kind="generation",
         metric="exact_match",
@@ -206,6 +237,11 @@ _ALL = (
     classification("classification"),
     intent("clinc150", hub_name="clinc/clinc_oos", hub_config="plus"),
     intent("home_commands", hub_name="xingkunliuxtracta/nlu_evaluation_data", aliases={"intent": ("label",)}),
+    # The same rows as classes, for methods that need a classification head.
+    classification("clinc150_labels", hub_name="clinc/clinc_oos", hub_config="plus", aliases={"label": ("intent",)}),
+    classification(
+        "home_commands_labels", hub_name="xingkunliuxtracta/nlu_evaluation_data", aliases={"label": ("intent",)}
+    ),
     intent("robot", built_in=generate_robot_commands),
     intent("intent"),
 )

@@ -1,0 +1,109 @@
+"""Running one cell: search, train and score, or latencies. Nothing is written here."""
+
+import math
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+from shadowpeft.evaluate.compare.budget import Sized
+from shadowpeft.evaluate.compare.latency import measure_latency
+from shadowpeft.evaluate.compare.loss import answer_loss
+from shadowpeft.evaluate.compare.methods import trials_of
+from shadowpeft.evaluate.compare.plan import Cell
+from shadowpeft.evaluate.compare.recipe import ADAPTERS
+from shadowpeft.evaluate.compare.scoring import described, evaluate_rows, loss_options, score
+from shadowpeft.evaluate.compare.store import Store
+from shadowpeft.evaluate.compare.training import Payload, train_method
+from shadowpeft.evaluate.record import data_revision
+from shadowpeft.model import ShadowModel
+from shadowpeft.model.bases import load_model, load_tokenizer
+
+
+def run_cell(cell: Cell, store: Store) -> tuple[Payload, list[dict[str, Any]]]:
+    """(what the result file says, raw generations)."""
+    if cell.section == "search":
+        return search(cell, store), []
+    if cell.section == "latency":
+        return _latency(cell, store), []
+    setting = store.setting(cell, cell.method)
+    fitted = train_method(cell, store, setting, seed=cell.seed)
+    scores, generations = {}, []
+    for name in cell.score_on:
+        evaluation = score(fitted, fitted.model, cell, store, name)
+        scores[name] = described(evaluation, fitted, fitted.model, cell, store, name)
+        generations += [{"task": name, **row} for row in evaluation.generations]
+    payload = {
+        "setting": setting,
+        "trainable": fitted.trainable,
+        "target": fitted.sized.target,
+        "sizes": _sizes(fitted.sized),
+        "config": fitted.config.to_dict() | {"shadow": None},
+        "train": fitted.cost,
+        "scores": scores,
+    }
+    if cell.score_detached and isinstance(fitted.model, ShadowModel):
+        detached = fitted.model.detach()
+        found = {name: score(fitted, detached, cell, store, name) for name in cell.score_on}
+        payload["detached"] = {
+            name: described(evaluation, fitted, detached, cell, store, name) for name, evaluation in found.items()
+        }
+    return payload, generations
+
+
+def _sizes(sized: Sized) -> Payload:
+    """What was solved; ranks as a count of modules for each rank."""
+    ranks = {f"rank {rank}": f"{count} modules" for rank, count in sorted(Counter(sized.ranks.values()).items())}
+    return sized.shadow | ranks
+
+
+# ---------------------------------------------------------------- search
+
+
+def search(cell: Cell, store: Store) -> Payload:
+    """Short runs over the method's settings, compared on validation rows; the test rows are never read."""
+    spec, task = store.recipe.search, store.task(cell.task)
+    trials = []
+    for setting in trials_of(store.method(cell.method, cell.base), spec.trials):
+        fitted = train_method(cell, store, setting, seed=spec.seed, share=spec.share)
+        rows = store.rows(cell.task, "validation", spec.limit_validation)
+        loss = answer_loss(fitted.model, fitted.tokenizer, task, rows, **loss_options(fitted))
+        metric = None
+        if spec.criterion == "metric":
+            metric = evaluate_rows(fitted, fitted.model, store, cell.task, rows).metrics[task.metric]
+        trials.append({"setting": setting, "metric": metric, "loss": loss, "train": fitted.cost})
+    best = max(trials, key=_quality)
+    return {
+        "chosen": best["setting"],
+        "trials": trials,
+        "validation_rows": len(rows),
+        "validation_revision": data_revision(rows),
+    }
+
+
+def _quality(trial: Payload) -> tuple[float, float]:
+    """The metric, then the loss; a run that diverged loses against any other."""
+    return trial["metric"] or 0.0, -trial["loss"] if math.isfinite(trial["loss"]) else -math.inf
+
+
+# ---------------------------------------------------------------- latency
+
+
+def _latency(cell: Cell, store: Store) -> Payload:
+    """Trains each adapter as the main table does (drafts need a trained shadow), then times all of them together."""
+    fitted = {}
+    for name in [name for name, method in store.recipe.methods.items() if method.kind in ADAPTERS]:
+        own = replace(cell, section="main", method=name)
+        fitted[name] = train_method(own, store, store.setting(cell, name), seed=cell.seed)
+    kinds = {name: store.recipe.methods[name].kind for name in fitted}
+    settings = store.recipe.sections["latency"]
+    task = store.task(cell.task)
+    prompts = store.rows(cell.task, "test", settings.get("prompts", 8))
+    tokenizer = load_tokenizer(store.base_path(cell.base))
+    first = next(iter(fitted.values()))
+    base = load_model(store.base_path(cell.base), dtype=first.config.dtype).to(first.model.device)
+    return {
+        "latency": measure_latency(
+            base, {name: each.model for name, each in fitted.items()}, kinds, tokenizer, task, prompts, settings
+        ),
+        "trainable": {name: each.trainable for name, each in fitted.items()},
+    }

@@ -1,0 +1,118 @@
+"""``shadowpeft compare``: plan, run, report."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.compare.estimate import Estimated, estimate, num_labels
+from shadowpeft.evaluate.compare.measure import measure_steps
+from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.recipe import SECTIONS, known, read_recipe
+from shadowpeft.evaluate.compare.report import write_report
+from shadowpeft.evaluate.compare.runner import Counts, pending_cells, run_cells, worker_command
+from shadowpeft.evaluate.compare.store import Store
+
+
+def compare(
+    recipe: Path,
+    console: Console,
+    *,
+    output: Path | None = None,
+    data_root: Path | None = None,
+    workers: int = 1,
+    threads: int = 1,
+    timeout: float = 24 * 3600.0,
+    sections: list[str] | None = None,
+    plan: bool = False,
+    measure: bool = False,
+    retry_failed: bool = False,
+    report_only: bool = False,
+) -> Counts | list[Estimated]:
+    """Runs what is not done yet and writes the report; with ``plan`` it only says what there is to do, with
+    ``measure`` after timing some steps of every method on this machine.
+
+    Returns:
+        what was done, or the lines of the plan.
+
+    Raises:
+        ShadowPeftError: of any kind, before the first cell.
+    """
+    read = read_recipe(recipe)
+    known(SECTIONS, sections or (), "section")
+    if workers < 1 or threads < 1:
+        raise ConfigError(f"workers={workers} and threads={threads} must both be at least 1")
+    if data_root is not None and not data_root.is_dir():
+        raise ConfigError(f"there is no folder {data_root}; --data-root is where the recipe's relative paths start")
+    output = Path("runs") / read.name if output is None else output
+    if plan or measure:
+        store = Store(recipe=read, output=output, data_root=data_root)
+        return show_plan(store, console, sections, measure=measure)
+    counts = Counts()
+    if not report_only:
+        cells = pending_cells(read, output, retry_failed=retry_failed, sections=sections)
+        console.print(f"{len(cells)} of {len(plan_cells(read))} cells to run, results in {output}")
+        counts = run_cells(
+            read,
+            cells,
+            output,
+            worker_command(recipe.resolve(), output.resolve(), None if data_root is None else data_root.resolve()),
+            workers=workers,
+            threads=threads,
+            timeout=timeout,
+            tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+        )
+    gathered = write_report(read, output)
+    console.print(
+        f"{len(gathered.results)} cells done, {len(gathered.failed)} failed, {len(gathered.missing)} missing; "
+        f"report: {output / 'report.md'}, {output / 'report.html'}"
+    )
+    if gathered.failed:
+        console.print("run again with --retry-failed to try the failed ones again")
+    return counts
+
+
+def show_plan(store: Store, console: Console, sections: list[str] | None, *, measure: bool) -> list[Estimated]:
+    """Prints cells, sizes, memory and hours."""
+    recipe = store.recipe
+    cells = [cell for cell in plan_cells(recipe) if not sections or cell.section in sections]
+    measured: dict[tuple[str, str, str], float] = {}
+    if measure:
+        measured = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})
+    lines = estimate(cells, store, measured)
+    table = Table(title=f"{recipe.name}: {len(cells)} cells")
+    for heading in ("section", "base", "task", "method", "variant"):
+        table.add_column(heading)
+    for heading in ("cells", "trained parameters", "of budget", "steps", "GiB", "hours"):
+        table.add_column(heading, justify="right")
+    for line in lines:
+        table.add_row(line.section, line.base, line.task, line.method, line.variant, str(line.cells), *_sizes(line))
+    console.print(table)
+    for problem in dict.fromkeys(line.problem for line in lines if line.problem):
+        console.print(f"problem: {problem}", markup=False, soft_wrap=True)
+    hours = [line.hours for line in lines if line.hours is not None]
+    unknown = sum(line.hours is None and line.section != "latency" for line in lines)
+    sources = sorted({spec.measured_on for spec in recipe.bases.values() if spec.measured_on})
+    if measured:
+        sources = ["this machine"]
+        for (base, task, method), seconds in measured.items():
+            console.print(f"{base}, {task}, {method}: {seconds:.4f} s a step", markup=False)
+    is_known = bool(hours and sources)
+    said = f"training: {sum(hours):,.1f} hours by step times measured on {'; '.join(sources)}" if is_known else ""
+    if unknown:
+        said += f"{'; ' if said else ''}{unknown} lines without a measured step time (bases: step_seconds)"
+    console.print(said, markup=False, soft_wrap=True)
+    return lines
+
+
+def _sizes(line: Estimated) -> list[str]:
+    sized = line.sized
+    share = "" if sized is None or not sized.target else f"{100 * sized.trainable / sized.target:.2f}%"
+    return [
+        "?" if sized is None else f"{sized.trainable:,}",
+        share,
+        "?" if line.steps is None else f"{line.steps:,}",
+        "?" if line.memory_gib is None else f"{line.memory_gib:.1f}",
+        "?" if line.hours is None else f"{line.hours:.2f}",
+    ]

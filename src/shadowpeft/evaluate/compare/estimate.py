@@ -1,0 +1,123 @@
+"""What a comparison will cost: parameters from shapes, memory from a formula, hours from measured step times."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
+from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base
+from shadowpeft.evaluate.compare.fit import num_steps
+from shadowpeft.evaluate.compare.plan import Cell
+from shadowpeft.evaluate.compare.store import Store
+from shadowpeft.train.config import TrainConfig
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimated:
+    """One line of ``--plan``: all cells of one section, base, task, method and variant.
+
+    Attributes:
+        problem: why the sizes cannot be solved, else None.
+        steps: optimizer steps of all seeds (of all trials, for a search); None if the number of rows is not known.
+        memory_gib: of one training; see :func:`memory_bytes`.
+        hours: steps times the measured seconds of one; None without a measurement.
+    """
+
+    section: str
+    base: str
+    task: str
+    method: str
+    variant: str
+    cells: int
+    sized: Sized | None
+    problem: str | None
+    steps: int | None
+    memory_gib: float | None
+    hours: float | None
+
+
+def estimate(
+    cells: list[Cell], store: Store, measured: dict[tuple[str, str, str], float] | None = None
+) -> list[Estimated]:
+    """Groups cells that differ in the seed alone.
+
+    Args:
+        measured: (base, task, method) -> seconds of a step; they go before those that the recipe gives.
+    """
+    groups: dict[tuple[str, ...], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.section, cell.base, cell.task, cell.method, cell.variant), []).append(cell)
+    return [_of_group(group, store, measured or {}) for group in groups.values()]
+
+
+def _of_group(group: list[Cell], store: Store, measured: dict[tuple[str, str, str], float]) -> Estimated:
+    cell, recipe = group[0], store.recipe
+    shared: dict[str, Any] = {
+        name: getattr(cell, name) for name in ("section", "base", "task", "method", "variant")
+    } | {"cells": len(group)}
+    nothing = {"sized": None, "problem": None, "steps": None, "memory_gib": None, "hours": None}
+    if cell.section == "latency":
+        return Estimated(**shared, **nothing)
+    try:
+        sized = store.size(cell, num_labels(cell.task, store))
+    except ShadowPeftError as error:
+        return Estimated(**shared, **{**nothing, "problem": str(error)})
+    config = recipe.train_config(cell.base, cell.task, cell.method)
+    if not sized.trainable:
+        return Estimated(**shared, **{**nothing, "sized": sized, "steps": 0, "hours": 0.0})
+    steps = _steps(cell, config, store)
+    total = None if steps is None else steps * len(group)
+    if total is not None and cell.section == "search":
+        total = recipe.search.trials * math.ceil(total * recipe.search.share)
+    spec = recipe.bases[cell.base]
+    kind = recipe.methods[cell.method].kind
+    given = spec.step_seconds.get(cell.method, spec.step_seconds.get(kind))
+    seconds = measured.get((cell.base, cell.task, cell.method), given)
+    shape = base_config(store.base_path(cell.base), spec.config)
+    memory = memory_bytes(shape, config, sized, tokens=recipe.tasks[cell.task].mean_tokens or config.max_length)
+    return Estimated(
+        **shared,
+        sized=sized,
+        problem=None,
+        steps=total,
+        memory_gib=memory / 2**30,
+        hours=None if seconds is None or total is None else total * seconds / 3600,
+    )
+
+
+def num_labels(task: str, store: Store) -> int | None:
+    """Labels of a task entry, from the recipe or else the data; None for tasks answered by text."""
+    if store.task(task).kind != "classification":
+        return None
+    given = store.recipe.tasks[task].num_labels
+    return given if given is not None else len(store.labels(task) or ())
+
+
+def _steps(cell: Cell, config: TrainConfig, store: Store) -> int | None:
+    rows = store.recipe.tasks[cell.task].num_rows
+    if config.max_steps <= 0 and rows is None:
+        try:
+            rows = len(store.rows(cell.task, "train"))
+        except (DataError, ConfigError):
+            return None
+    rows = rows or 1
+    return num_steps(config, rows if config.limit_train is None else min(rows, config.limit_train))
+
+
+def memory_bytes(shape: PreTrainedConfig, config: TrainConfig, sized: Sized, *, tokens: int) -> float:
+    """A rough estimate of one training's peak, in bytes.
+
+    Weights as stored; for each trained parameter a gradient and two moments in fp32, and its fp32 copy; activations
+    that a frozen block keeps for the backward pass (about 14 d + 3 m numbers a token) and the fp32 logits, twice.
+    """
+    base = meta_base(shape, None)
+    stored = sum(p.numel() for p in base.parameters()) * BYTES.get(config.dtype, 2)
+    width, blocks = shape.hidden_size, shape.num_hidden_layers
+    a_token = 14 * width + 3 * (getattr(shape, "intermediate_size", None) or 4 * width)
+    kept = blocks * a_token if not config.gradient_checkpointing else blocks * width + a_token
+    batch = config.batch_size * tokens
+    return stored + 16 * sized.trainable + batch * (kept * BYTES.get(config.dtype, 2) + 8 * shape.vocab_size)

@@ -1,0 +1,115 @@
+"""Result files, read and gathered by what they belong to."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shadowpeft.evaluate.compare.plan import Cell, fingerprint, plan_cells
+from shadowpeft.evaluate.compare.recipe import Recipe
+from shadowpeft.evaluate.compare.results import as_numbers, read_result
+from shadowpeft.evaluate.compare.statistics import Sample, mean_of_rows, row_by_row
+from shadowpeft.train.tasks import TASKS, Task
+
+Entry = dict[str, Any]
+DETACHED = " (detached)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Key:
+    """What one number of a table belongs to; seeds are gathered below it."""
+
+    section: str
+    base: str
+    task: str
+    method: str
+    variant: str
+    scored: str
+
+
+@dataclass(kw_only=True)
+class Gathered:
+    """All current results of a comparison."""
+
+    recipe: Recipe
+    results: list[tuple[Cell, Entry]] = field(default_factory=list)
+    failed: list[tuple[Cell, Entry]] = field(default_factory=list)
+    missing: list[Cell] = field(default_factory=list)
+    scores: dict[Key, dict[int, Entry]] = field(default_factory=lambda: defaultdict(dict))
+
+
+def gather(recipe: Recipe, output: Path) -> Gathered:
+    """Reads every planned cell. Results of other settings count as missing, failed ones are kept apart."""
+    gathered = Gathered(recipe=recipe)
+    for cell in plan_cells(recipe):
+        result = read_result(output, cell.id)
+        if result is None or result["fingerprint"] != fingerprint(recipe, cell):
+            gathered.missing.append(cell)
+        elif result["status"] == "failed":
+            gathered.failed.append((cell, result))
+        else:
+            gathered.results.append((cell, result))
+            _add_scores(gathered, cell, result)
+    return gathered
+
+
+def _add_scores(gathered: Gathered, cell: Cell, result: Entry) -> None:
+    section = "main" if cell.section == "transfer" else cell.section
+    for suffix, scores in (("", result.get("scores", {})), (DETACHED, result.get("detached", {}))):
+        for name, score in scores.items():
+            key = Key(
+                section=section,
+                base=cell.base,
+                task=cell.task,
+                method=cell.method + suffix,
+                variant=cell.variant,
+                scored=name,
+            )
+            gathered.scores[key][cell.seed] = score
+
+
+# ---------------------------------------------------------------- samples
+
+
+def sample_of(recipe: Recipe, scores: dict[int, Entry], scored: str, seeds: Iterable[int]) -> Sample:
+    """The table [S, N, K] of some seeds' scores."""
+    task = TASKS[recipe.tasks[scored].task]
+    tables = [_counts(scores[seed]) for seed in seeds]
+    return Sample(counts=torch.tensor(tables, dtype=torch.float64), value=_value_of(task, scores))
+
+
+def _counts(score: Entry) -> list[list[float]]:
+    if "counts" in score:
+        return [as_numbers(line) for line in score["counts"]]
+    return [[value, 1.0] for value in as_numbers(score["values"])]
+
+
+def _value_of(task: Task, scores: dict[int, Entry]) -> Any:
+    is_corpus = "counts" in next(iter(scores.values()))
+    return row_by_row(task.corpus.value) if is_corpus and task.corpus is not None else mean_of_rows
+
+
+def paired(gathered: Gathered, first: Key, second: Key) -> tuple[Sample, Sample] | None:
+    """Both methods' samples over the seeds they share and the same rows; None where they share none.
+
+    A method that needs no seed (the untouched base) is repeated for each of the other's.
+    """
+    left, right = dict(gathered.scores.get(first, {})), dict(gathered.scores.get(second, {}))
+    for one, other in ((left, right), (right, left)):
+        if len(one) == 1 and len(other) > 1 and _is_untrained(gathered.recipe, first if one is left else second):
+            one |= dict.fromkeys(other, next(iter(one.values())))
+    seeds = sorted(
+        seed for seed in set(left) & set(right)
+        if left[seed]["revision"] == right[seed]["revision"]
+    )  # fmt: skip
+    if not seeds:
+        return None
+    recipe = gathered.recipe
+    return sample_of(recipe, left, first.scored, seeds), sample_of(recipe, right, second.scored, seeds)
+
+
+def _is_untrained(recipe: Recipe, key: Key) -> bool:
+    return key.method in recipe.methods and recipe.methods[key.method].kind == "none"

@@ -1,0 +1,139 @@
+"""From tables to texts: what each part of a report says, row by row."""
+
+from collections.abc import Callable
+from typing import Any
+
+from shadowpeft.evaluate.compare.gather import Gathered
+from shadowpeft.evaluate.compare.recipe import Recipe
+from shadowpeft.evaluate.compare.statistics import Estimate
+
+Entry = dict[str, Any]
+Part = tuple[str, str, list[str], list[list[str]]]  # heading, text above, columns, rows
+
+METHOD_NOTE = (
+    "Scores are means over seeds, times 100, with a 95% bootstrap interval over seeds and rows. Differences are "
+    "paired: the same rows and seeds for both methods; their interval is a paired bootstrap over seeds and rows, p a "
+    "two-sided permutation test that swaps the two methods' answers row by row, all seeds together. p is not corrected "
+    "for the number of tasks."
+)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _score(found: Estimate) -> str:
+    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def _gap(found: Estimate | None) -> str:
+    if found is None:
+        return ""
+    p = "" if found.p is None else f" p={found.p:.3f}"
+    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
+
+
+def _number(value: float | None, form: str = ",.1f") -> str:
+    return "" if value is None else format(value, form)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Part]:
+    parts = []
+    for base in dict.fromkeys(entry["base"] for entry in tables["main"]):
+        parts += _main_parts(gathered.recipe, base, [entry for entry in tables["main"] if entry["base"] == base])
+    parts += [part for part in (_transfer_part(tables), _scaling_part(tables), _ablation_part(tables)) if part]
+    parts += [part for part in (_latency_part(tables), _cost_part(tables), _failed_part(gathered)) if part]
+    return parts
+
+
+def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
+    scored = list(dict.fromkeys(entry["scored"] for entry in entries if entry["scored"]))
+    methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    found = {(entry["method"], entry["scored"]): entry for entry in entries}
+    metrics = {entry["scored"]: entry["metric"] for entry in entries if entry["scored"]}
+    seeds = sorted({len(entry["seeds"]) for entry in entries if entry["scored"] and entry["method"] == recipe.baseline})
+    columns = ["method", *(f"{name} ({metrics[name]})" for name in scored), "mean of tasks"]
+
+    def row(method: str, field: str, form: Callable[[Any], str]) -> list[str]:
+        cells = [found.get((method, name)) for name in (*scored, None)]
+        texts = [form(cell[field]) if cell else "" for cell in cells]
+        if cells[-1] and cells[-1]["num_tasks"] < len(scored):
+            texts[-1] += f" ({cells[-1]['num_tasks']} tasks)"
+        return [method, *texts]
+
+    said = f"{METHOD_NOTE} Seeds of {recipe.baseline}: {', '.join(map(str, seeds))}."
+    return [
+        (f"Main table: {base}", said, columns, [row(method, "score", _score) for method in methods]),
+        (
+            f"Difference to {recipe.baseline}: {base}",
+            "",
+            columns,
+            [row(method, "difference", _gap) for method in methods if method != recipe.baseline],
+        ),
+    ]
+
+
+def _transfer_part(tables: dict[str, list[Entry]]) -> Part | None:
+    rows = [
+        [entry["base"], entry["method"], entry["task"], entry["scored"], _score(entry["score"]),
+         _number(entry["answer_loss"], ".3f"), _gap(entry["difference"])]
+        for entry in sorted(tables["transfer"], key=lambda e: (e["base"], e["scored"], e["task"], e["method"]))
+    ]  # fmt: skip
+    text = "Trained on one task, scored on another under its own prompts. Loss: nats a token of the right answer."
+    columns = ["base", "method", "trained on", "scored on", "score", "answer loss", "difference to the baseline"]
+    return ("Transfer", text, columns, rows) if rows else None
+
+
+def _scaling_part(tables: dict[str, list[Entry]]) -> Part | None:
+    rows = [
+        [entry["base"], entry["scored"], entry["method"], f"{entry['trainable']:,}", _score(entry["score"])]
+        for entry in sorted(tables["scaling"], key=lambda e: (e["base"], e["scored"], e["trainable"], e["method"]))
+    ]
+    text = "Settings are those found by the search at the main table's budget."
+    return ("Scaling", text, ["base", "task", "method", "trained parameters", "score"], rows) if rows else None
+
+
+def _ablation_part(tables: dict[str, list[Entry]]) -> Part | None:
+    rows = [
+        [entry["variant"], entry["base"], entry["scored"], f"{entry['trainable']:,}", _score(entry["score"]),
+         _gap(entry["difference"])]
+        for entry in sorted(tables["ablations"], key=lambda e: (e["base"], e["scored"]))
+    ]  # fmt: skip
+    text = "One thing changed, all else (sizes and searched settings too) as in the main table."
+    columns = ["variant", "base", "task", "trained parameters", "score", "difference to unchanged"]
+    return ("Ablations", text, columns, rows) if rows else None
+
+
+def _latency_part(tables: dict[str, list[Entry]]) -> Part | None:
+    rows = [
+        [entry["variant"], entry["base"], f"{entry['batch_size']}", f"{entry['prompt_tokens']}",
+         _number(entry["prefill_ms"], ",.2f"), _number(entry["token_ms"], ",.3f")]
+        for entry in tables["latency"]
+    ]  # fmt: skip
+    columns = ["variant", "base", "batch", "prompt tokens", "prefill ms", "ms a token"]
+    return ("Latency", "Medians over rounds in which every variant ran once.", columns, rows) if rows else None
+
+
+def _cost_part(tables: dict[str, list[Entry]]) -> Part | None:
+    rows = [
+        [entry["method"], entry["base"], entry["task"], f"{entry['trainable']:,}", _number(entry["target"], ","),
+         _number(entry["minutes"], ".2f"), _number(entry["peak_memory_mib"], ",.0f"),
+         _number(entry["tokens_per_second"], ",.0f"),
+         ", ".join(f"{name} {value:g}" for name, value in entry["setting"].items())]
+        for entry in tables["cost"]
+    ]  # fmt: skip
+    columns = ["method", "base", "task", "trained parameters", "budget"]
+    columns += ["train minutes", "peak MiB", "tokens/s", "chosen"]
+    text = (
+        "Means over seeds. Peak: memory of the whole process while training (allocated memory on an accelerator). "
+        "Cells that ran beside others share the machine, so minutes and tokens/s compare only roughly."
+    )
+    return ("Cost and chosen settings", text, columns, rows) if rows else None
+
+
+def _failed_part(gathered: Gathered) -> Part | None:
+    rows = [[cell.id, "failed", result["error"][-1]] for cell, result in gathered.failed]
+    rows += [[cell.id, "not run yet", ""] for cell in gathered.missing]
+    return ("Failed and missing cells", "", ["cell", "state", "last line"], rows) if rows else None

@@ -1,0 +1,223 @@
+"""From a recipe to a list of cells, in an order that gives a balanced table at any time."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.compare.recipe import ADAPTERS, Recipe
+from shadowpeft.train.tasks import TASKS
+
+UNTRAINED = ("none",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One result file: a search, one training with its scores, or one base's latencies.
+
+    Attributes:
+        section: search, main, transfer, scaling, ablations or latency.
+        variant: what differs from the main table's cell, empty there.
+        score_on: task entries that are scored.
+        overrides: fields of ``ShadowConfig`` that the variant changes after sizes are solved.
+        parameters: budget without heads; None: the base's.
+        needs: ids of the searches that must be done first.
+        score_detached: also score the stand-alone shadow.
+    """
+
+    section: str
+    base: str
+    task: str
+    method: str
+    seed: int = 0
+    variant: str = ""
+    score_on: tuple[str, ...] = ()
+    overrides: tuple[tuple[str, Any], ...] = ()
+    parameters: int | None = None
+    needs: tuple[str, ...] = ()
+    score_detached: bool = False
+
+    @property
+    def id(self) -> str:
+        parts = (self.section, self.base, self.task, self.method, self.variant)
+        return "--".join([part for part in parts if part] + ([] if self.section == "search" else [f"seed{self.seed}"]))
+
+
+def plan_cells(recipe: Recipe) -> list[Cell]:
+    """All cells: section by section, in it seed by seed, all methods of a task next to each other, and searches right
+    in front of what needs them. Whatever is done at any time compares like with like.
+
+    Raises:
+        ConfigError: a section that the recipe's entries cannot serve.
+    """
+    cells = [
+        *_main(recipe),
+        *_scaling(recipe),
+        *_ablations(recipe),
+        *_latency(recipe),
+    ]
+    rank = {name: index for index, name in enumerate(("main", "transfer", "ablations", "scaling", "latency"))}
+    ordered = sorted(cells, key=lambda cell: (rank[cell.section], cell.seed))
+    return _with_searches(ordered)
+
+
+def _main(recipe: Recipe) -> list[Cell]:
+    """Cells of the main table, and of transfer: the same training scored on more tasks, where both ask for it."""
+    chosen: dict[tuple, Cell] = {}
+    for section in ("main", "transfer"):
+        settings = recipe.sections.get(section)
+        if settings is None:
+            continue
+        tasks = _entries(settings, "tasks", recipe.tasks)
+        if section == "transfer":
+            _check_transfer(recipe, tasks)
+        for seed in settings.get("seeds", recipe.seeds):
+            for base in _entries(settings, "bases", recipe.bases):
+                for task in tasks:
+                    own = recipe.tasks[task].score_on or (task,)
+                    for method in _entries(settings, "methods", recipe.methods):
+                        key = (base, task, method, seed)
+                        if not _applies(recipe, task, method) or (method in UNTRAINED and seed != recipe.seeds[0]):
+                            continue
+                        before = chosen.get(key)
+                        scored = (*(before.score_on if before else ()), *own, *(tasks if section == "transfer" else ()))
+                        chosen[key] = Cell(
+                            section=before.section if before else section,
+                            base=base,
+                            task=task,
+                            method=method,
+                            seed=seed,
+                            score_on=tuple(dict.fromkeys(scored)),
+                            needs=_search_ids(recipe, base, task, [method]),
+                            score_detached=bool(settings.get("score_detached") or (before and before.score_detached)),
+                        )
+    return list(chosen.values())
+
+
+def _check_transfer(recipe: Recipe, tasks: Iterable[str]) -> None:
+    for task in tasks:
+        if TASKS[recipe.tasks[task].task].kind == "classification":
+            raise ConfigError(
+                f"transfer cannot score {task!r}: a classification head knows only the labels it was trained on; "
+                "choose tasks that are answered by text"
+            )
+
+
+def _scaling(recipe: Recipe) -> list[Cell]:
+    settings = recipe.sections.get("scaling")
+    if settings is None:
+        return []
+    methods = _entries(settings, "methods", {name: m for name, m in recipe.methods.items() if m.kind in ADAPTERS})
+    return [
+        Cell(
+            section="scaling",
+            base=base,
+            task=task,
+            method=method,
+            seed=seed,
+            variant=f"{parameters}",
+            parameters=int(parameters),
+            score_on=recipe.tasks[task].score_on or (task,),
+            needs=_search_ids(recipe, base, task, [method]),
+        )
+        for seed in settings.get("seeds", recipe.seeds)
+        for base in _entries(settings, "bases", recipe.bases)
+        for task in _entries(settings, "tasks", recipe.tasks)
+        for parameters in settings["budgets"]
+        for method in methods
+        if _applies(recipe, task, method)
+    ]
+
+
+def _ablations(recipe: Recipe) -> list[Cell]:
+    settings = recipe.sections.get("ablations")
+    if settings is None:
+        return []
+    method = settings.get("method", recipe.reference)
+    return [
+        Cell(
+            section="ablations",
+            base=base,
+            task=task,
+            method=method,
+            seed=seed,
+            variant=name,
+            overrides=tuple(sorted(overrides.items())),
+            score_on=recipe.tasks[task].score_on or (task,),
+            needs=_search_ids(recipe, base, task, [method]),
+        )
+        for seed in settings.get("seeds", recipe.seeds)
+        for base in _entries(settings, "bases", recipe.bases)
+        for task in _entries(settings, "tasks", recipe.tasks)
+        for name, overrides in settings["variants"].items()
+    ]
+
+
+def _latency(recipe: Recipe) -> list[Cell]:
+    settings = recipe.sections.get("latency")
+    if settings is None:
+        return []
+    methods = [name for name, method in recipe.methods.items() if method.kind in ADAPTERS]
+    task = settings["task"]
+    return [
+        Cell(
+            section="latency",
+            base=base,
+            task=task,
+            method="all",
+            seed=recipe.seeds[0],
+            needs=_search_ids(recipe, base, task, methods),
+        )
+        for base in _entries(settings, "bases", recipe.bases)
+    ]
+
+
+def _entries(settings: dict[str, Any], key: str, default: Iterable[str]) -> list[str]:
+    return list(settings.get(key, default))
+
+
+def _applies(recipe: Recipe, task: str, method: str) -> bool:
+    """A linear probe needs labels; everything else fits every task."""
+    return recipe.methods[method].kind != "probe" or TASKS[recipe.tasks[task].task].kind == "classification"
+
+
+def _search_ids(recipe: Recipe, base: str, task: str, methods: Iterable[str]) -> tuple[str, ...]:
+    if recipe.search.trials < 1:
+        return ()
+    return tuple(
+        Cell(section="search", base=base, task=task, method=method).id
+        for method in methods
+        if recipe.methods[method].kind not in UNTRAINED
+    )
+
+
+def _with_searches(cells: list[Cell]) -> list[Cell]:
+    """Each search once, right in front of the first cell that needs it."""
+    ordered: dict[str, Cell] = {}
+    for cell in cells:
+        for needed in cell.needs:
+            _, base, task, method = needed.split("--")
+            ordered.setdefault(needed, Cell(section="search", base=base, task=task, method=method))
+        ordered[cell.id] = cell
+    return list(ordered.values())
+
+
+def fingerprint(recipe: Recipe, cell: Cell) -> str:
+    """Hash of all settings that decide a cell's result; a result with another one is out of date."""
+    methods = recipe.methods if cell.section == "latency" else {cell.method: recipe.methods[cell.method]}
+    base = dataclasses.replace(recipe.bases[cell.base], step_seconds={}, measured_on=None)
+    parts = {
+        "cell": dataclasses.asdict(cell),
+        "train": recipe.train,
+        "base": dataclasses.asdict(base),
+        "tasks": {name: dataclasses.asdict(recipe.tasks[name]) for name in {cell.task, *cell.score_on}},
+        "methods": {name: dataclasses.asdict(spec) for name, spec in methods.items()},
+        "reference": dataclasses.asdict(recipe.methods[recipe.reference]),
+        "tolerance": recipe.tolerance,
+        "search": dataclasses.asdict(recipe.search),
+        "latency": recipe.sections.get("latency") if cell.section == "latency" else None,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

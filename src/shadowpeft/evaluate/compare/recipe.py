@@ -1,0 +1,212 @@
+"""What a comparison consists of, as one YAML file."""
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.core.config import check_keys
+from shadowpeft.errors import ConfigError
+from shadowpeft.train.config import TrainConfig, read_yaml
+from shadowpeft.train.tasks import TASKS
+
+KINDS = ("none", "probe", "lora", "dora", "shadow", "shadow-pretrained", "full")
+ADAPTERS = ("lora", "dora", "shadow")
+DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSpec:
+    """A base.
+
+    Attributes:
+        path: folder below the data root, hub name, or ``embedded``.
+        config: a transformers config as a mapping; ``--plan`` then needs neither files nor network.
+        parameters: the budget without classification heads; None: the size of the reference method.
+        train: fields of ``TrainConfig`` for this base.
+        shadow: fields of ``ShadowConfig`` for shadows on this base, such as its number of heads.
+        step_seconds: method -> measured seconds of one optimizer step, for ``--plan``.
+        measured_on: what measured them.
+    """
+
+    path: str
+    config: dict[str, Any] | None = None
+    parameters: int | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    shadow: dict[str, Any] = field(default_factory=dict)
+    step_seconds: dict[str, float] = field(default_factory=dict)
+    measured_on: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """A task.
+
+    Attributes:
+        task: name in ``TASKS``; default: the entry's own name.
+        data: folder or file below the data root; None: the hub.
+        score_on: entries scored after training; default: this one.
+        train: fields of ``TrainConfig`` for this task (``limit_train`` and ``limit_eval`` among them).
+        num_labels, num_rows, mean_tokens: what ``--plan`` assumes without reading the data.
+    """
+
+    task: str
+    data: str | None = None
+    score_on: tuple[str, ...] = ()
+    train: dict[str, Any] = field(default_factory=dict)
+    num_labels: int | None = None
+    num_rows: int | None = None
+    mean_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A method.
+
+    Attributes:
+        kind: one of ``KINDS``; default: the entry's own name.
+        budget: ``equal`` (sizes are solved for) or ``own`` (sizes are as given).
+        targets: modules that LoRA and DoRA adapt.
+        r: rank of LoRA and DoRA under an ``own`` budget.
+        scale: alpha / r of LoRA and DoRA.
+        dropout: of LoRA and DoRA.
+        shadow: fields of ``ShadowConfig``, and ``preset``.
+        shadow_shape: a transformers config of a pretrained shadow, so that ``--plan`` needs no files of it.
+        train: fields of ``TrainConfig`` for this method.
+        trials: settings to try in the search, each ``{"learning_rate": ..., "shadow_alpha": ...}``; default: a
+            spread over the method's usual range.
+    """
+
+    kind: str
+    budget: str = "equal"
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    r: int = 16
+    scale: float = 1.0
+    dropout: float = 0.05
+    shadow: dict[str, Any] = field(default_factory=dict)
+    shadow_shape: dict[str, Any] | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    trials: tuple[dict[str, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchSpec:
+    """The search every trained method gets: ``trials`` short runs, scored on validation rows.
+
+    Attributes:
+        trials: runs of each method.
+        share: part of the full run's optimizer steps that a trial takes.
+        limit_validation: validation rows scored.
+        criterion: ``metric`` (the task's headline; ties go to the lower loss) or ``loss``.
+        seed: of the trials; no final run uses it.
+    """
+
+    trials: int = 3
+    share: float = 0.34
+    limit_validation: int = 200
+    criterion: str = "metric"
+    seed: int = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole comparison. ``sections`` maps main, transfer, scaling, ablations and latency to their own settings."""
+
+    name: str
+    bases: dict[str, BaseSpec]
+    tasks: dict[str, TaskSpec]
+    methods: dict[str, MethodSpec]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    reference: str = "shadow"
+    baseline: str = "lora"
+    tolerance: float = 0.02
+    train: dict[str, Any] = field(default_factory=dict)
+    search: SearchSpec = SearchSpec()
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def train_config(self, base: str, task: str, method: str, **changes: Any) -> TrainConfig:
+        """Settings of one run: the recipe's, then the task's, the base's, the method's, then ``changes``."""
+        parts = (self.train, self.tasks[task].train, self.bases[base].train, self.methods[method].train, changes)
+        merged = {key: value for part in parts for key, value in part.items()}
+        return TrainConfig.from_dict({"base": self.bases[base].path, "task": self.tasks[task].task, **merged})
+
+
+SECTIONS = {
+    "main": {"bases", "tasks", "methods", "seeds", "score_detached"},
+    "transfer": {"bases", "tasks", "methods", "seeds"},
+    "scaling": {"bases", "tasks", "methods", "seeds", "budgets"},
+    "ablations": {"bases", "tasks", "method", "seeds", "variants"},
+    "latency": {"bases", "task", "prompts", "prompt_tokens", "new_tokens", "batch_sizes", "rounds"},
+}
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads and checks a recipe; nothing is loaded.
+
+    Raises:
+        ConfigError: an unknown key or name, or a search that is not equal.
+    """
+    values = read_yaml(path)
+    names = {item.name for item in fields(Recipe)} - {"sections"} | set(SECTIONS)
+    check_keys(values, names, what="recipe")
+    for name in ("bases", "tasks", "methods"):
+        if not values.get(name):
+            raise ConfigError(f"{path}: expected at least one entry under {name!r}")
+    sections = {name: values.pop(name) or {} for name in SECTIONS if name in values}
+    recipe = Recipe(
+        **{
+            "name": path.stem,
+            **values,
+            "bases": {name: _spec(BaseSpec, entry, path=name) for name, entry in values["bases"].items()},
+            "tasks": {name: _spec(TaskSpec, entry, task=name) for name, entry in values["tasks"].items()},
+            "methods": {name: _spec(MethodSpec, entry, kind=name) for name, entry in values["methods"].items()},
+            "search": _spec(SearchSpec, values.get("search")),
+            "seeds": tuple(values.get("seeds", Recipe.seeds)),
+            "sections": sections,
+        }
+    )
+    _check(recipe)
+    return recipe
+
+
+def _spec(spec: type, entry: dict[str, Any] | None, **defaults: Any) -> Any:
+    values = {**defaults, **(entry or {})}
+    check_keys(values, {item.name for item in fields(spec)}, what=spec.__name__.removesuffix("Spec").lower())
+    return spec(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _check(recipe: Recipe) -> None:
+    for name, task in recipe.tasks.items():
+        if task.task not in TASKS:
+            raise ConfigError(f"task {name!r}: unknown task {task.task!r}; choose one of {', '.join(sorted(TASKS))}")
+        known(recipe.tasks, task.score_on, "task")
+    for name in (*recipe.bases, *recipe.tasks, *recipe.methods):
+        if "--" in name or "/" in name:
+            raise ConfigError(f"{name!r} cannot name an entry: names become file names; leave out '--' and '/'")
+    known(recipe.methods, [recipe.reference, recipe.baseline], "method")
+    for name, method in recipe.methods.items():
+        _check_method(recipe, name, method)
+    for name, section in recipe.sections.items():
+        check_keys(section, SECTIONS[name], what=f"section {name!r}")
+        for key, entries in (("bases", recipe.bases), ("tasks", recipe.tasks), ("methods", recipe.methods)):
+            known(entries, section.get(key, ()), key.removesuffix("s"))
+
+
+def _check_method(recipe: Recipe, name: str, method: MethodSpec) -> None:
+    if method.kind not in KINDS:
+        raise ConfigError(f"method {name!r}: unknown kind {method.kind!r}; choose one of {', '.join(KINDS)}")
+    if method.budget not in ("equal", "own"):
+        raise ConfigError(f"method {name!r}: budget={method.budget!r} is not valid; choose 'equal' or 'own'")
+    if method.kind == "shadow-pretrained" and "shadow_model" not in method.shadow:
+        raise ConfigError(f"method {name!r}: set shadow: {{shadow_model: folder or hub name}} to say which shadow")
+    if method.trials and len(method.trials) != recipe.search.trials:
+        raise ConfigError(
+            f"method {name!r} has {len(method.trials)} trials, but search.trials is {recipe.search.trials}: every "
+            "method gets the same number"
+        )
+
+
+def known(entries: dict[str, Any], names: Any, what: str) -> None:
+    """Raises ConfigError for the first of ``names`` that is not an entry."""
+    for name in names:
+        if name not in entries:
+            raise ConfigError(f"unknown {what} {name!r}; the recipe has {', '.join(entries)}")

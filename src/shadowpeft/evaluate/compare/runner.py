@@ -1,0 +1,221 @@
+"""Running all cells on several processes; what is done stays done, and what crashed is on record."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shadowpeft.evaluate.compare.plan import Cell, fingerprint, plan_cells
+from shadowpeft.evaluate.compare.recipe import Recipe
+from shadowpeft.evaluate.compare.results import is_current, read_result, write_failed
+
+LOGS = "logs"
+Tell = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """How many cells are done, failed and not begun after a run."""
+
+    done: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+
+@dataclass(kw_only=True)
+class Queue:
+    """Cells still to run. A cell is handed out when every search it needs is done."""
+
+    pending: list[Cell]
+    running: set[str] = field(default_factory=set)
+    failed: set[str] = field(default_factory=set)
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def take(self) -> Cell | None:
+        """The first cell that can run, waiting for searches under way; None when there is nothing left.
+
+        A cell whose search failed is handed out too; whoever takes it sees that from :meth:`blocker`.
+        """
+        with self.changed:
+            while self.pending:
+                unfinished = {cell.id for cell in self.pending} | self.running
+                for cell in self.pending:
+                    if not unfinished.intersection(cell.needs):
+                        self.pending.remove(cell)
+                        self.running.add(cell.id)
+                        return cell
+                self.changed.wait()
+            return None
+
+    def blocker(self, cell: Cell) -> str | None:
+        return next((needed for needed in cell.needs if needed in self.failed), None)
+
+    def finish(self, cell: Cell, *, is_failed: bool) -> None:
+        with self.changed:
+            self.running.discard(cell.id)
+            if is_failed:
+                self.failed.add(cell.id)
+            self.changed.notify_all()
+
+    def clear(self) -> None:
+        with self.changed:
+            self.pending.clear()
+            self.changed.notify_all()
+
+
+class Worker:
+    """One child process; see :mod:`shadowpeft.evaluate.compare.worker`. It is started when a cell first needs it."""
+
+    def __init__(self, command: list[str], log: Path, *, threads: int, timeout: float) -> None:
+        self._command, self._log, self._timeout = command, log, timeout
+        self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        self._process: subprocess.Popen[str] | None = None
+
+    def run(self, cell: Cell) -> str | None:
+        """None when the cell is done, else why it is not; the process is gone then."""
+        if self._process is None:
+            self._start()
+        process = self._process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        watch = threading.Timer(self._timeout, process.kill)
+        watch.start()
+        started = time.monotonic()
+        try:
+            process.stdin.write(cell.id + "\n")
+            process.stdin.flush()
+            answer = process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            watch.cancel()
+        if answer.strip() == f"done {cell.id}":
+            return None
+        self._process = None
+        process.kill()
+        code = process.wait()
+        _close(process)
+        said = self._log.read_text(encoding="utf-8", errors="replace")
+        if time.monotonic() - started >= self._timeout:
+            return f"{said}\nstopped after {self._timeout:.0f} s, the limit for one cell"
+        return f"{said}\nthe process ended with code {code}"
+
+    def _start(self) -> None:
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        with self._log.open("w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=self._environment,
+            )
+
+    def stop(self) -> None:
+        """Ends the process at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            _close(self._process)
+
+    def close(self) -> None:
+        """Lets the process end by itself."""
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+            self._process.wait()
+            _close(self._process)
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    """Closes both pipes of a process that has ended; what it never read is dropped."""
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with suppress(BrokenPipeError):
+                pipe.close()
+
+
+def pending_cells(recipe: Recipe, output: Path, *, retry_failed: bool, sections: list[str] | None = None) -> list[Cell]:
+    """Cells without a current result; with ``sections`` only of these, and the searches they need."""
+    cells = plan_cells(recipe)
+    if sections:
+        wanted = [cell for cell in cells if cell.section in sections]
+        needed = {each for cell in wanted for each in cell.needs}
+        cells = [cell for cell in cells if cell.section in sections or cell.id in needed]
+    return [
+        cell
+        for cell in cells
+        if not is_current(read_result(output, cell.id), fingerprint(recipe, cell), retry_failed=retry_failed)
+    ]
+
+
+def run_cells(
+    recipe: Recipe,
+    cells: list[Cell],
+    output: Path,
+    command: list[str],
+    *,
+    workers: int,
+    threads: int,
+    timeout: float,
+    tell: Tell,
+) -> Counts:
+    """Runs ``cells``, each in one of ``workers`` processes; results are in ``output`` as soon as they are there.
+
+    A process that dies costs its cell alone: that is written down as failed, with the last lines of its log, and a new
+    process takes the next one. Ctrl-C ends the processes; cells that were under way are run again next time.
+    """
+    failed_before = {
+        cell.id for cell in plan_cells(recipe)
+        if (read_result(output, cell.id) or {}).get("status") == "failed" and cell not in cells
+    }  # fmt: skip
+    queue = Queue(pending=list(cells), failed=failed_before)
+    counts, lock = Counts(), threading.Lock()
+    crew = [
+        Worker(command, output / LOGS / f"worker-{index}.log", threads=threads, timeout=timeout)
+        for index in range(workers)
+    ]
+
+    def work(worker: Worker) -> None:
+        while (cell := queue.take()) is not None:
+            blocker = queue.blocker(cell)
+            started = time.monotonic()
+            reason = f"not run: {blocker} failed" if blocker else worker.run(cell)
+            if stopped.is_set():
+                return
+            if reason is not None:
+                write_failed(output, cell, fingerprint(recipe, cell), reason)
+            queue.finish(cell, is_failed=reason is not None)
+            with lock:
+                counts.failed += reason is not None
+                counts.done += reason is None
+                number = counts.failed + counts.done
+            state = "done" if reason is None else f"FAILED: {reason.strip().splitlines()[-1]}"
+            tell(f"[{number}/{len(cells)}] {cell.id}: {state} ({time.monotonic() - started:.0f} s)")
+        worker.close()
+
+    stopped = threading.Event()
+    threads_running = [threading.Thread(target=work, args=(worker,)) for worker in crew]
+    for thread in threads_running:
+        thread.start()
+    try:
+        for thread in threads_running:
+            thread.join()
+    except KeyboardInterrupt:
+        stopped.set()
+        queue.clear()
+        for worker in crew:
+            worker.stop()
+        for thread in threads_running:
+            thread.join()
+    counts.skipped = len(cells) - counts.done - counts.failed
+    return counts
+
+
+def worker_command(recipe: Path, output: Path, data_root: Path | None) -> list[str]:
+    root = [] if data_root is None else ["--data-root", str(data_root)]
+    return [sys.executable, "-m", "shadowpeft.evaluate.compare.worker", str(recipe), str(output), *root]

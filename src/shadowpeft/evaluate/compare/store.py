@@ -1,0 +1,108 @@
+"""Rows, labels and searches that several cells of one process share."""
+
+import dataclasses
+import random
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.core import ShadowConfig
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.compare import results
+from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base, solve, target_of
+from shadowpeft.evaluate.compare.methods import resolve
+from shadowpeft.evaluate.compare.plan import Cell
+from shadowpeft.evaluate.compare.recipe import MethodSpec, Recipe
+from shadowpeft.train.answers import Row
+from shadowpeft.train.data import load_rows
+from shadowpeft.train.tasks import TASKS, Task
+
+SAMPLE_SEED = 0  # the same rows for all seeds and methods, so that differences can be paired
+
+
+@dataclass(kw_only=True)
+class Store:
+    """What cells read: the recipe, where data and results are, and rows that were read before."""
+
+    recipe: Recipe
+    output: Path
+    data_root: Path | None = None
+    _rows: dict[tuple[str, str], list[Row]] = field(default_factory=dict)
+    _sizes: dict[tuple, Sized] = field(default_factory=dict)
+
+    def task(self, name: str) -> Task:
+        return TASKS[self.recipe.tasks[name].task]
+
+    def base_path(self, name: str) -> str:
+        return resolve(self.recipe.bases[name].path, self.data_root)
+
+    def method(self, name: str, base: str) -> MethodSpec:
+        """A method of the recipe with what a base's shadows differ in, and its pretrained shadow found on disk."""
+        spec = self.recipe.methods[name]
+        shadow = {**spec.shadow, **self.recipe.bases[base].shadow}
+        if "shadow_model" in shadow:
+            shadow["shadow_model"] = resolve(shadow["shadow_model"], self.data_root)
+        return dataclasses.replace(spec, shadow=shadow)
+
+    def rows(self, name: str, split: str, limit: int | None = None) -> list[Row]:
+        """Rows of a task entry; a random sample of ``limit``, the same one every time.
+
+        Raises:
+            ConfigError: the entry names data below a data root, and there is none.
+        """
+        if (name, split) not in self._rows:
+            self._rows[name, split] = load_rows(self.task(name), split, source=self._source(name))
+        rows = self._rows[name, split]
+        if limit is None or limit >= len(rows):
+            return rows
+        return [rows[index] for index in sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), limit))]
+
+    def _source(self, name: str) -> Path | None:
+        data = self.recipe.tasks[name].data
+        if data is None:
+            return None
+        if self.data_root is None and self.task(name).hub_name is None:
+            raise ConfigError(f"the data of task {name!r} is at {data!r} below a data root; pass --data-root FOLDER")
+        return None if self.data_root is None else self.data_root / data
+
+    def labels(self, name: str) -> list[str] | None:
+        """All labels of the training rows, sorted; None for tasks answered by text."""
+        task = self.task(name)
+        if task.kind != "classification":
+            return None
+        return sorted({task.target(row) for row in self.rows(name, "train")})
+
+    def size(self, cell: Cell, num_labels: int | None) -> Sized:
+        """The sizes of a cell's method, solved once for each budget from the base's config alone.
+
+        Raises:
+            ConfigError: the budget cannot be met.
+        """
+        key = (cell.base, cell.method, cell.parameters, num_labels)
+        if key not in self._sizes:
+            self._sizes[key] = self._solve(cell, num_labels)
+        return self._sizes[key]
+
+    def _solve(self, cell: Cell, num_labels: int | None) -> Sized:
+        recipe, spec = self.recipe, self.recipe.bases[cell.base]
+        base = meta_base(base_config(self.base_path(cell.base), spec.config), num_labels)
+        parameters = cell.parameters if cell.parameters is not None else spec.parameters
+        target = target_of(parameters, self.method(recipe.reference, cell.base), base, recipe.tolerance)
+        return solve(self.method(cell.method, cell.base), base, target, recipe.tolerance)
+
+    def setting(self, cell: Cell, method: str) -> dict[str, float]:
+        """What the search chose for a method on a cell's base and task; empty where nothing was searched."""
+        needed = [each for each in cell.needs if each.split("--")[-1] == method]
+        if not needed:
+            return {}
+        found = results.read_result(self.output, needed[0])
+        if found is None or found["status"] != "done":
+            raise ConfigError(f"the search {needed[0]} is not done; run it first, or --retry-failed")
+        return found["chosen"]
+
+
+def split_setting(setting: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(fields of ``TrainConfig``, fields of ``ShadowConfig``) of a search's setting."""
+    names = {item.name for item in fields(ShadowConfig)} | {"preset"}
+    shadow = {name: value for name, value in setting.items() if name in names}
+    return {name: value for name, value in setting.items() if name not in names}, shadow

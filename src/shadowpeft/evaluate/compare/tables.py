@@ -1,0 +1,128 @@
+"""From tables of samples to the tables of a report: lists of plain dictionaries, no text, no pictures."""
+
+from collections import defaultdict
+from typing import Any
+
+from shadowpeft.evaluate.compare.gather import DETACHED, Entry, Gathered, Key, paired, sample_of
+from shadowpeft.evaluate.compare.recipe import Recipe
+from shadowpeft.evaluate.compare.statistics import difference, estimate, mean_difference, mean_estimate
+
+
+def main_table(gathered: Gathered) -> list[Entry]:
+    """base, task, method -> score, and the paired difference to the baseline; ``task`` None is the mean over tasks.
+
+    The mean is over the tasks that method *and* baseline have, so that both means are of the same tasks.
+    """
+    recipe, table = gathered.recipe, []
+    keys = [key for key in gathered.scores if key.section == "main" and key.scored in _own(recipe, key.task)]
+    for base in dict.fromkeys(key.base for key in keys):
+        of_base = [key for key in keys if key.base == base]
+        for method in dict.fromkeys(key.method for key in of_base):
+            pairs = []
+            for key in (key for key in of_base if key.method == method):
+                scores = gathered.scores[key]
+                pair = paired(gathered, key, _with_method(key, recipe.baseline))
+                pairs += [pair] if pair else []
+                found = estimate(sample_of(recipe, scores, key.scored, sorted(scores)))
+                gap = difference(*pair) if pair and method != recipe.baseline else None
+                table.append(_entry(key, found, gap, scores))
+            if pairs:
+                mean, gap = mean_estimate([first for first, _ in pairs]), mean_difference(pairs)
+                table.append(
+                    {
+                        "base": base, "task": None, "scored": None, "method": method, "num_tasks": len(pairs),
+                        "score": mean, "difference": None if method == recipe.baseline else gap,
+                    }
+                )  # fmt: skip
+    return table
+
+
+def _own(recipe: Recipe, task: str) -> tuple[str, ...]:
+    return recipe.tasks[task].score_on or (task,)
+
+
+def _with_method(key: Key, method: str) -> Key:
+    return Key(**{**vars(key), "method": method})
+
+
+def _entry(key: Key, found: Any, gap: Any, scores: dict[int, Entry]) -> Entry:
+    first = next(iter(scores.values()))
+    losses = [score["answer_loss"] for score in scores.values() if score.get("answer_loss") is not None]
+    return {
+        **vars(key),
+        "score": found,
+        "difference": gap,
+        "metric": first["headline"],
+        "seeds": sorted(scores),
+        "rows": first["n"],
+        "answer_loss": sum(losses) / len(losses) if losses else None,
+    }
+
+
+def transfer_table(gathered: Gathered) -> list[Entry]:
+    """Every method trained on one task and scored on another, or on its own, where transfer was asked for."""
+    settings = gathered.recipe.sections.get("transfer")
+    if settings is None:
+        return []
+    tasks = settings.get("tasks", list(gathered.recipe.tasks))
+    table = []
+    for key, scores in gathered.scores.items():
+        if key.section != "main" or key.task not in tasks or key.scored not in tasks or key.method.endswith(DETACHED):
+            continue
+        pair = paired(gathered, key, _with_method(key, gathered.recipe.baseline))
+        gap = difference(*pair) if pair and key.method != gathered.recipe.baseline else None
+        table.append(_entry(key, estimate(sample_of(gathered.recipe, scores, key.scored, sorted(scores))), gap, scores))
+    return table
+
+
+def variant_table(gathered: Gathered, section: str) -> list[Entry]:
+    """Scaling or ablations: each variant's score; for ablations the paired difference to the unchanged method."""
+    trained = {(cell.base, cell.task, cell.method, cell.variant): result["trainable"]
+               for cell, result in gathered.results if cell.section == section}  # fmt: skip
+    table = []
+    for key, scores in gathered.scores.items():
+        if key.section != section:
+            continue
+        unchanged = Key(**{**vars(key), "section": "main", "variant": ""})
+        pair = paired(gathered, key, unchanged) if section == "ablations" else None
+        found = estimate(sample_of(gathered.recipe, scores, key.scored, sorted(scores)))
+        entry = _entry(key, found, difference(*pair) if pair else None, scores)
+        table.append(entry | {"trainable": trained[key.base, key.task, key.method, key.variant]})
+    return table
+
+
+def cost_table(gathered: Gathered) -> list[Entry]:
+    """Trained parameters, minutes, memory and speed of each method on each base and task, means over seeds."""
+    groups: dict[tuple[str, str, str], list[Entry]] = defaultdict(list)
+    for cell, result in gathered.results:
+        if cell.section in ("main", "transfer"):
+            groups[cell.base, cell.task, cell.method].append(result)
+    table = []
+    for (base, task, method), found in groups.items():
+        costs = [result["train"] for result in found if result["train"]]
+        table.append(
+            {
+                "base": base,
+                "task": task,
+                "method": method,
+                "trainable": found[0]["trainable"],
+                "target": found[0]["target"],
+                "setting": found[0]["setting"],
+                **{name: _mean(costs, name) for name in ("minutes", "peak_memory_mib", "tokens_per_second")},
+            }
+        )
+    return table
+
+
+def latency_table(gathered: Gathered) -> list[Entry]:
+    return [
+        {"base": cell.base, "task": cell.task, **entry}
+        for cell, result in gathered.results
+        if cell.section == "latency"
+        for entry in result["latency"]
+    ]
+
+
+def _mean(costs: list[Entry], name: str) -> float | None:
+    values = [cost[name] for cost in costs if cost.get(name) is not None]
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,289 @@
+"""Whole comparisons on a tiny random base and generated data."""
+
+import gzip
+import io
+import json
+import os
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import comparisons
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.compare import compare, read_recipe
+from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.results import read_result
+from shadowpeft.evaluate.compare.runner import pending_cells
+from shadowpeft.evaluate.compare.store import Store
+from shadowpeft.evaluate.compare.worker import serve
+
+pytest.importorskip("peft", reason="peft is not installed (pip install peft==0.21.2)")
+# transformers 5.23 has renamed what PEFT 0.21 and transformers 5.17 know under this name.
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
+
+EVERYTHING = {
+    "main": {"tasks": ["classes", "e2e"], "score_detached": True},
+    "transfer": {"tasks": ["commands", "orders"], "methods": ["none", "lora", "shadow"], "seeds": [0]},
+    "scaling": {"tasks": ["e2e"], "methods": ["lora", "shadow"], "budgets": [10000, 14000], "seeds": [0]},
+    "ablations": {
+        "tasks": ["classes"],
+        "variants": {"no update": {"use_update": False}, "peft": {"preset": "peft"}},
+        "seeds": [0],
+    },
+    "latency": {"task": "e2e", "prompts": 2, "prompt_tokens": 8, "new_tokens": 3, "batch_sizes": [1, 2], "rounds": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A data root with a base and data."""
+    folder = tmp_path_factory.mktemp("root")
+    comparisons.write_base(folder / "base")
+    comparisons.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def everything(root, tmp_path_factory) -> tuple[Path, Path]:
+    """(recipe, output) of a comparison with every section, run in this process."""
+    folder = tmp_path_factory.mktemp("everything")
+    recipe = comparisons.write_recipe(folder / "small.yaml", comparisons.small_recipe(**EVERYTHING))
+    run_here(recipe, folder / "out", root)
+    compare(recipe, Console(quiet=True), output=folder / "out", data_root=root, report_only=True)
+    return recipe, folder / "out"
+
+
+def run_here(recipe: Path, output: Path, root: Path) -> list[str]:
+    read = read_recipe(recipe)
+    ids = [cell.id for cell in pending_cells(read, output, retry_failed=False)]
+    answers = io.StringIO()
+    serve(Store(recipe=read, output=output, data_root=root), io.StringIO("".join(f"{i}\n" for i in ids)), answers)
+    return answers.getvalue().splitlines()
+
+
+def results_of(output: Path, section: str) -> list[dict]:
+    found = [json.loads(path.read_text()) for path in sorted((output / "cells").glob(f"{section}--*.json"))]
+    assert found
+    return found
+
+
+def test_every_planned_cell_has_a_result_with_its_origin_and_is_small(everything):
+    recipe, output = everything
+    cells = plan_cells(read_recipe(recipe))
+    for cell in cells:
+        result = read_result(output, cell.id)
+        assert result["status"] == "done" and result["origin"]["versions"]["torch"]
+        assert (output / "cells" / f"{cell.id}.json").stat().st_size < 100_000
+    assert pending_cells(read_recipe(recipe), output, retry_failed=True) == []
+
+
+def test_all_methods_of_equal_budget_train_the_same_number_of_parameters_within_two_percent(everything):
+    for result in results_of(everything[1], "main"):
+        if result["cell"]["method"] in ("lora", "dora", "shadow"):
+            assert result["trainable"] == pytest.approx(result["target"], rel=0.02)
+
+
+def test_every_trained_method_had_the_same_number_of_trials_on_validation_rows(everything):
+    results = results_of(everything[1], "search")
+    assert {len(result["trials"]) for result in results} == {2}
+    assert {trial["train"]["steps"] for result in results for trial in result["trials"]} == {1}
+    tested = {score["revision"] for result in results_of(everything[1], "main") for score in result["scores"].values()}
+    assert not tested & {result["validation_revision"] for result in results}
+
+
+def test_the_chosen_setting_is_the_one_that_the_final_runs_train_with(everything):
+    found = {
+        (r["cell"]["base"], r["cell"]["task"], r["cell"]["method"]): r["chosen"]
+        for r in results_of(everything[1], "search")
+    }
+    for result in results_of(everything[1], "main"):
+        cell = result["cell"]
+        if result["trainable"]:
+            assert result["setting"] == found[cell["base"], cell["task"], cell["method"]]
+            assert result["config"]["learning_rate"] == result["setting"]["learning_rate"]
+
+
+def test_all_methods_see_the_same_rows_and_steps(everything):
+    results = results_of(everything[1], "main")
+    for task in ("classes", "e2e"):
+        own = [result for result in results if result["cell"]["task"] == task]
+        assert len({result["scores"][task]["revision"] for result in own}) == 1
+        trained = [result["train"] for result in own if result["train"]]
+        assert len({(cost["revision"], cost["steps"]) for cost in trained}) == 1
+
+
+def test_raw_generations_are_kept_beside_each_result(everything):
+    for result in results_of(everything[1], "main"):
+        packed = (everything[1] / "cells" / result["generations"]["file"]).read_bytes()
+        rows = [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
+        assert len(rows) == result["generations"]["rows_kept"] == 12
+        assert {"task", "prompt", "prediction", "extracted", "target", "score"} == set(rows[0])
+
+
+def test_the_untouched_base_answers_a_classification_with_the_most_frequent_label(everything):
+    result = read_result(everything[1], "main--tiny--classes--none--seed0")
+    assert result["scores"]["classes"]["metrics"]["accuracy"] == result["scores"]["classes"]["majority"]
+    assert result["trainable"] == 0 and result["train"] == {}
+
+
+def test_transfer_scores_each_training_on_every_task_and_the_base_too(everything):
+    for method in ("none", "lora", "shadow"):
+        result = read_result(everything[1], f"transfer--tiny--commands--{method}--seed0")
+        assert set(result["scores"]) == {"commands", "orders"}
+        assert all(score["answer_loss"] > 0 for score in result["scores"].values())
+
+
+def test_an_ablation_changes_one_thing_and_keeps_the_searched_setting(everything):
+    unchanged = read_result(everything[1], "main--tiny--classes--shadow--seed0")
+    changed = read_result(everything[1], "ablations--tiny--classes--shadow--no update--seed0")
+    assert changed["setting"] == unchanged["setting"] and changed["trainable"] < unchanged["trainable"]
+
+
+def test_latency_holds_merged_and_unmerged_lora_and_the_shadow_attached_and_detached(everything):
+    entries = read_result(everything[1], "latency--tiny--e2e--all--seed0")["latency"]
+    names = {entry["variant"] for entry in entries}
+    assert {
+        "base",
+        "lora (merged)",
+        "lora (unmerged)",
+        "dora (unmerged)",
+        "shadow (attached)",
+        "shadow (detached)",
+    } <= names
+    assert {entry["batch_size"] for entry in entries} == {1, 2}
+
+
+def test_the_report_has_every_part_and_its_pictures(everything):
+    output = everything[1]
+    text = (output / "report.md").read_text()
+    for heading in (
+        "Main table: tiny",
+        "Difference to lora: tiny",
+        "Transfer",
+        "Scaling",
+        "Ablations",
+        "Latency",
+        "Cost",
+    ):
+        assert f"## {heading}" in text
+    assert "Failed and missing" not in text and "permutation" in text
+    assert all((output / name).stat().st_size for name in ("main.png", "scaling.png", "latency.png", "summary.json"))
+    page = (output / "report.html").read_text()
+    assert page.count("<table>") == text.count("\n|---") and page.count("data:image/png") == 3
+
+
+def test_results_name_no_place_of_this_machine(everything, root):
+    for path in (everything[1] / "cells").glob("*.json"):
+        assert str(root) not in path.read_text() and os.getcwd() not in path.read_text()
+
+
+def test_changed_settings_make_results_out_of_date(everything, tmp_path):
+    changed = comparisons.small_recipe(**EVERYTHING)
+    changed["methods"]["lora"] = {"dropout": 0.5}
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", changed))
+    pending = pending_cells(recipe, everything[1], retry_failed=False)
+    assert {cell.method for cell in pending} == {"lora", "all"}
+
+
+# ---------------------------------------------------------------- processes
+
+
+def test_a_crashed_cell_is_on_record_blocks_only_what_needs_it_and_is_retried_on_demand(root, tmp_path):
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["orders", "commands"], "methods": ["none", "lora"]})
+    values["search"] = {"trials": 1, "share": 0.5, "limit_validation": 4, "criterion": "loss"}
+    (tmp_path / "data").mkdir()
+    for name in ("base", "commands"):
+        (tmp_path / "data" / name).symlink_to(root / name)
+    (tmp_path / "data" / "orders").mkdir()
+    (tmp_path / "data" / "orders" / "train.jsonl").write_text("not JSON\n")
+    recipe, output = comparisons.write_recipe(tmp_path / "small.yaml", values), tmp_path / "out"
+    said = io.StringIO()
+    options = {"output": output, "data_root": tmp_path / "data", "workers": 2}
+    counts = compare(recipe, Console(file=said, width=200), **options)
+    assert (counts.done, counts.failed, counts.skipped) == (3, 3, 0)
+    failed = read_result(output, "search--tiny--orders--lora")
+    assert failed["status"] == "failed" and any("not valid JSON" in line for line in failed["error"])
+    blocked = read_result(output, "main--tiny--orders--lora--seed0")
+    assert blocked["error"] == ["not run: search--tiny--orders--lora failed"]
+    assert "Failed and missing cells" in (output / "report.md").read_text()
+    assert "--retry-failed" in said.getvalue()
+
+    again = compare(recipe, Console(quiet=True), **options)
+    assert (again.done, again.failed) == (0, 0)
+    (tmp_path / "data" / "orders" / "train.jsonl").unlink()
+    (tmp_path / "data" / "orders").rmdir()
+    (tmp_path / "data" / "orders").symlink_to(root / "orders")
+    retried = compare(recipe, Console(quiet=True), retry_failed=True, **options)
+    assert (retried.done, retried.failed) == (3, 0)
+    assert "Failed and missing cells" not in (output / "report.md").read_text()
+
+
+def test_a_cell_past_its_time_limit_is_stopped_and_recorded(root, tmp_path):
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["commands"], "methods": ["none", "lora"]})
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    counts = compare(recipe, Console(quiet=True), output=tmp_path / "out", data_root=root, timeout=0.05)
+    assert (counts.done, counts.failed) == (0, 3)
+    stopped = read_result(tmp_path / "out", "main--tiny--commands--none--seed0")
+    assert "the limit for one cell" in stopped["error"][-1]
+
+
+# ---------------------------------------------------------------- plan
+
+
+def test_the_plan_prints_cells_and_sizes_and_runs_nothing(root, tmp_path):
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe(**EVERYTHING))
+    said = io.StringIO()
+    lines = compare(recipe, Console(file=said, width=200), output=tmp_path / "out", data_root=root, plan=True)
+    assert sum(line.cells for line in lines) == len(plan_cells(read_recipe(recipe)))
+    assert not any(line.problem for line in lines) and not (tmp_path / "out").exists()
+    assert "trained parameters" in said.getvalue() and "without a measured step time" in said.getvalue()
+
+
+def test_hours_follow_from_measured_step_times(root, tmp_path):
+    values = comparisons.small_recipe(main={"tasks": ["commands"], "methods": ["lora"]})
+    values["bases"]["tiny"] |= {"step_seconds": {"lora": 36.0}, "measured_on": "a test"}
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    lines = compare(recipe, Console(quiet=True), output=tmp_path / "out", data_root=root, plan=True)
+    hours = {line.section: line.hours for line in lines}
+    assert hours == {"search": 2 * 1 * 36 / 3600, "main": 2 * 2 * 36 / 3600}
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bases": {}}, "at least one entry under 'bases'"),
+        ({"basis": {}}, "did you mean"),
+        ({"tasks": {"unknown": {}}}, "unknown task 'unknown'"),
+        ({"methods": {"lora": {}, "shadow": {}, "magic": {}}}, "unknown kind 'magic'"),
+        ({"baseline": "ia3"}, "unknown method 'ia3'"),
+        ({"main": {"tasks": ["nothing"]}}, "unknown task 'nothing'"),
+        ({"main": {"task": ["classes"]}}, "did you mean 'tasks'"),
+        ({"methods": {"lora": {"trials": [{"learning_rate": 0.1}]}, "shadow": {}}}, "same number"),
+        ({"methods": {"lora": {}, "shadow": {}, "shadow-pretrained": {}}}, "shadow_model"),
+        ({"bases": {"a--b": {"path": "base"}}}, "cannot name an entry"),
+    ],
+)
+def test_a_recipe_that_cannot_be_run_is_refused_with_the_reason(tmp_path, changes, message):
+    path = comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe(**changes))
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(path)
+
+
+def test_transfer_of_a_classification_head_is_refused(tmp_path):
+    values = comparisons.small_recipe(transfer={"tasks": ["classes", "commands"]})
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    with pytest.raises(ConfigError, match="knows only the labels it was trained on"):
+        plan_cells(recipe)
+
+
+def test_searches_come_right_before_the_first_cell_that_needs_them_and_seeds_one_after_another(tmp_path):
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe()))
+    cells = plan_cells(recipe)
+    places = {cell.id: index for index, cell in enumerate(cells)}
+    assert all(places[needed] < places[cell.id] for cell in cells for needed in cell.needs)
+    seeds = [cell.seed for cell in cells if cell.section == "main"]
+    assert seeds == sorted(seeds)

@@ -1,0 +1,79 @@
+"""The recipes that come with the project: read, planned and solved, without a network and without weights."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from shadowpeft.evaluate.compare.estimate import estimate
+from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.recipe import read_recipe
+from shadowpeft.evaluate.compare.store import Store
+
+RECIPES = Path(__file__).parents[3] / "recipes"
+PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
+# What --plan would read from the bases of recipes/compare_small.yaml.
+EMBEDDED = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 4096,
+    "tie_word_embeddings": True,
+}
+BABYLLAMA = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "vocab_size": 361,
+    "tie_word_embeddings": True,
+}
+LABELS = {"trec": 6, "sst2": 2, "clinc150": 150, "home_commands": 46}
+
+
+def test_there_is_one_recipe_for_each_base_and_task_of_the_paper_and_one_for_the_board():
+    assert len(PAPER) == 3 * 5 + 1
+
+
+@pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+def test_a_paper_recipe_solves_every_equal_budget_within_two_percent_and_knows_its_steps(path, tmp_path):
+    recipe = read_recipe(path)
+    for line in estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path)):
+        assert line.problem is None, line
+        assert line.steps is not None
+        if line.sized.target is not None:
+            assert line.sized.trainable == pytest.approx(line.sized.target, rel=0.02)
+
+
+def test_the_board_recipe_estimates_hours_from_its_published_step_times(tmp_path):
+    recipe = read_recipe(RECIPES / "paper" / "llama-3.2-3b-metamathqa.yaml")
+    lines = estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path))
+    hours = {(line.section, line.method): line.hours for line in lines}
+    assert hours["main", "lora"] == pytest.approx(3 * 5000 * 0.188 / 3600)
+    assert hours["main", "dora"] is None
+
+
+def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp_path):
+    recipe = read_recipe(RECIPES / "compare_small.yaml")
+    shapes = {"embedded": EMBEDDED, "babyllama": BABYLLAMA}
+    recipe = dataclasses.replace(
+        recipe,
+        bases={name: dataclasses.replace(spec, config=shapes[name]) for name, spec in recipe.bases.items()},
+        tasks={
+            name: dataclasses.replace(task, num_labels=LABELS.get(name), num_rows=4000)
+            for name, task in recipe.tasks.items()
+        },
+    )
+    lines = estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path))
+    assert {line.section for line in lines} == {"search", "main", "transfer", "ablations", "scaling", "latency"}
+    assert not [line.problem for line in lines if line.problem]
+    sized = [line.sized for line in lines if line.sized is not None and line.sized.target is not None]
+    assert all(each.trainable == pytest.approx(each.target, rel=0.02) for each in sized)
+    assert len({line.variant for line in lines if line.section == "scaling"}) >= 5
