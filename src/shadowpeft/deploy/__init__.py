@@ -1,0 +1,1 @@
+"""Running trained shadows: servers, routers and whole systems."""
