@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import typer
 from rich.console import Console
 
-from shadowpeft import commands
+from shadowpeft import cli_deploy, commands
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.config import PRESETS
 from shadowpeft.errors import ShadowPeftError
@@ -148,6 +148,9 @@ def info(adapter: Annotated[str | None, typer.Argument(help="adapter folder or h
 def demo(**flags: Any) -> None:
     """The main job on the base and data that come with the package: minutes on two CPU cores, no network."""
     commands.demo(flags, console)
+
+
+cli_deploy.add_verbs(app, console)
 
 
 def main() -> None:

@@ -134,7 +134,7 @@ class LocalService:
         self.metrics = metrics or Metrics()
         self.context = int(min(num_positions(model), settings.max_context or 2**31))
         self._vocabulary = model.config.vocab_size
-        self._ends = _end_ids(model, tokenizer)
+        self._ends = end_ids(model, tokenizer)
         self._scheduler = Scheduler(
             model, tokenizer, self.metrics, max_batch=settings.max_batch, max_waiting=settings.max_waiting
         )
@@ -243,7 +243,7 @@ def _copy(job: Job, *, seed_offset: int, num_top: int | None) -> Job:
     return replace(job, sampling=replace(job.sampling, seed=seed), num_top=num_top)
 
 
-def _end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_ids(model: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     others = model.generation_config.eos_token_id
     ids = [tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
     return tuple(sorted({token for token in ids if token is not None}))
