@@ -166,3 +166,41 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             batch_size=batch_size,
             allow_other_weights=allow_other_weights,
         )
+
+    @app.command("system-eval")
+    def system_eval(
+        adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
+        router: Annotated[Path, typer.Option(help="file that `shadowpeft calibrate` wrote")],
+        output: Annotated[Path, typer.Option(help="folder for the report")] = Path("runs/system"),
+        task: TaskName = "robot",
+        data: Data = None,
+        split: Annotated[str, typer.Option(help="rows to replay")] = "test",
+        extra_rows: Extra = None,
+        limit: Limit = None,
+        base: Base = None,
+        lora: Annotated[str | None, typer.Option(help="peft adapter of the same base, for comparison")] = None,
+        round_trip_ms: Annotated[float, typer.Option(help="of the link in front of the cloud")] = 50.0,
+        megabits: Annotated[float | None, typer.Option(help="a second on that link [default: unlimited]")] = None,
+        concurrency: Annotated[int, typer.Option(help="requests under way at a time")] = 1,
+        max_tokens: Annotated[int | None, typer.Option(help="of an answer [default: the task's]")] = None,
+        max_cloud_share: MaxShare = None,
+        min_accuracy: MinAccuracy = None,
+    ) -> None:
+        """Measure edge, router and cloud as one system of processes, against the cloud alone."""
+        commands = _commands()
+        config = commands.SystemConfig(
+            adapter=adapter,
+            router=router,
+            output=output,
+            base=base,
+            lora=lora,
+            round_trip_ms=round_trip_ms,
+            megabits=megabits,
+            concurrency=concurrency,
+            max_tokens=max_tokens,
+            max_cloud_share=max_cloud_share,
+            min_accuracy=min_accuracy,
+        )
+        commands.system_eval(
+            config, console, task=task, data=data, split=split, extra_rows=extra_rows or [], limit=limit
+        )

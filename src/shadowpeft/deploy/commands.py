@@ -17,6 +17,9 @@ from shadowpeft.deploy.serve.loading import Loaded, load_edge, load_served, task
 from shadowpeft.deploy.serve.mixed import Path as ModelPath
 from shadowpeft.deploy.serve.run import check_free, run_app
 from shadowpeft.deploy.serve.service import LocalService, Service, Settings
+from shadowpeft.deploy.system_eval.report import write_report
+from shadowpeft.deploy.system_eval.run import SystemConfig
+from shadowpeft.deploy.system_eval.run import run as run_system
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import load_rows
@@ -206,3 +209,22 @@ def _scores_table(router: Router) -> Table:
         mark = " *" if name == router.score else ""
         table.add_row(name + mark, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
     return table
+
+
+def system_eval(
+    config: SystemConfig,
+    console: Console,
+    *,
+    task: str,
+    data: str | None,
+    split: str,
+    extra_rows: list[Path],
+    limit: int | None,
+) -> dict[str, Any]:
+    """Replays rows through edge, router and cloud and through the cloud alone; writes a report."""
+    chosen = _task(task)
+    rows = rows_of(chosen, split, source=Path(data) if data else None, extra=extra_rows, limit=limit)
+    figures = run_system(config, chosen, rows, tell=console.print)
+    write_report(figures, config.output)
+    console.print((config.output / "system.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    return figures

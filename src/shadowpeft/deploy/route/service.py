@@ -23,20 +23,24 @@ LOCAL_NAME = "edge:local"
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Whether an answer is kept, and why: ``confident`` or a reason to escalate; its calibrated confidence."""
+    """Whether an answer is kept, and why: ``confident`` or a reason to escalate; its calibrated confidence and scores."""
 
     escalate: bool
     reason: str
     confidence: float
+    scores: dict[str, float]
 
 
 def decide(router: Router, text: str, facts: list[TokenFacts]) -> Decision:
     """The grammar first, then the threshold."""
-    confidence = router.confidence(all_scores(facts))
+    scores = all_scores(facts)
+    confidence = router.confidence(scores)
     reason = reason_to_escalate(text, router.skills)
     if reason is None and confidence < router.point.threshold:
         reason = "low_confidence"
-    return Decision(escalate=reason is not None, reason=reason or "confident", confidence=confidence)
+    return Decision(
+        escalate=reason is not None, reason=reason or "confident", confidence=confidence, scores=scores
+    )
 
 
 class EdgeService:
@@ -135,7 +139,7 @@ class RoutedAnswer:
         decision = decide(self.service.router, text, facts)
         edge_ms = round(1000 * (time.monotonic() - self.started), 2)
         self.info |= {"mode": "edge", "answered_by": "edge", "reason": decision.reason, "degraded": False}
-        self.info |= {"confidence": decision.confidence, "edge_ms": edge_ms}
+        self.info |= {"confidence": decision.confidence, "scores": decision.scores, "edge_ms": edge_ms}
         if decision.escalate:
             if self.may_escalate and self.service.cloud is not None:
                 text, end = await self._from_cloud(self.service.cloud, text, end)
