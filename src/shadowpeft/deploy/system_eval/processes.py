@@ -56,7 +56,9 @@ class ServerProcess:
         while not self._is_healthy():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise ProcessError(f"`shadowpeft {' '.join(self.arguments)}` did not start: {self.last_line()}")
+                said = self.last_line()
+                self.close()
+                raise ProcessError(f"`shadowpeft {' '.join(self.arguments)}` did not start: {said}")
             time.sleep(0.1)
 
     def _is_healthy(self) -> bool:
@@ -81,6 +83,10 @@ class ServerProcess:
         self._process.kill()
         self._process.wait()
 
+    def close(self) -> None:
+        """Lets go of what it printed."""
+        self._log.close()
+
     def last_line(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
@@ -95,3 +101,4 @@ def running_server(arguments: Sequence[str]) -> Iterator[ServerProcess]:
         yield server
     finally:
         server.stop()
+        server.close()
