@@ -21,7 +21,9 @@ Seconds = Annotated[float, typer.Option(help="an answer is given up after so lon
 MaxBytes = Annotated[int, typer.Option(help="size of a request's body at most")]
 OtherWeights = Annotated[bool, typer.Option(help="accept a base with other weights")]
 MaxShare = Annotated[float | None, typer.Option(help="send at most this share of the validation rows to the cloud")]
-MinAccuracy = Annotated[float | None, typer.Option(help="reach this accuracy on the validation rows, as cheaply as possible")]
+MinAccuracy = Annotated[
+    float | None, typer.Option(help="reach this accuracy on the validation rows, as cheaply as possible")
+]
 TaskName = Annotated[str, typer.Option(help="task name; see `shadowpeft info`")]
 Data = Annotated[str | None, typer.Option(help="folder or file with the data; default: the hub (robot: generated)")]
 Extra = Annotated[list[Path] | None, typer.Option(help="file of further rows, such as requests out of scope")]
@@ -32,7 +34,9 @@ def _commands() -> ModuleType:
     try:
         from shadowpeft.deploy import commands
     except ImportError as error:
-        raise ConfigError(f"this command needs more packages ({error.name}): pip install 'shadowpeft[serve]'") from error
+        raise ConfigError(
+            f"this command needs more packages ({error.name}): pip install 'shadowpeft[serve]'"
+        ) from error
     return commands
 
 

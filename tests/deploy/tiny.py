@@ -1,9 +1,9 @@
 """A tiny random shadow model with a byte-level tokenizer, for everything that serves."""
 
-from models import randomise, tiny_base, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from models import randomise, tiny_base, tiny_config
 from shadowpeft import ShadowModel, get_shadow_model
 
 VOCAB = 259

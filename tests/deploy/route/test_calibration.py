@@ -75,7 +75,13 @@ def test_isotonic_steps_rise_and_pool_what_falls():
 
 def test_auroc_counts_pairs():
     scores, positive = [0.1, 0.4, 0.4, 0.8, 0.3], [False, True, False, True, False]
-    pairs = [(p, q) for p, a in zip(scores, positive, strict=True) if a for q, b in zip(scores, positive, strict=True) if not b]
+    pairs = [
+        (p, q)
+        for p, a in zip(scores, positive, strict=True)
+        if a
+        for q, b in zip(scores, positive, strict=True)
+        if not b
+    ]
     expected = sum((p > q) + 0.5 * (p == q) for p, q in pairs) / len(pairs)
     assert auroc(scores, positive) == pytest.approx(expected)
     assert auroc([1.0], [True]) is None

@@ -10,9 +10,9 @@ import httpx
 import openai
 import pytest
 import torch
+
 from deploy.running import free_port, running
 from deploy.tiny import byte_tokenizer, shadow_model
-
 from shadowpeft.deploy.commands import edge_service
 from shadowpeft.deploy.route.artefact import Router
 from shadowpeft.deploy.route.breaker import CircuitBreaker

@@ -15,7 +15,9 @@ def example(score, edge, cloud=1.0, reason=None, out=False):
 
 
 # Ten rows: sure ones are right on the edge; one the cloud gets wrong; one asks for the cloud itself.
-ROWS = [example(-0.1 * i, float(i < 6), cloud=float(i != 2)) for i in range(9)] + [example(-0.01, 0.0, 1.0, "remote", True)]
+ROWS = [example(-0.1 * i, float(i < 6), cloud=float(i != 2)) for i in range(9)] + [
+    example(-0.01, 0.0, 1.0, "remote", True)
+]
 CONFIDENCE = [1 - 0.1 * i for i in range(9)] + [0.99]
 
 
@@ -42,7 +44,9 @@ def test_a_share_is_kept_and_used_for_the_best_accuracy_it_buys():
     assert point.cloud_share == pytest.approx(0.4) and point.accuracy == pytest.approx(1.0)
     assert point.normal_cloud_share == pytest.approx(3 / 9)
     assert point.cloud_share_interval[0] < 0.4 < point.cloud_share_interval[1]
-    assert operating_point(ROWS, CONFIDENCE, choose_threshold(ROWS, CONFIDENCE, max_cloud_share=0.25)).cloud_share <= 0.25
+    assert (
+        operating_point(ROWS, CONFIDENCE, choose_threshold(ROWS, CONFIDENCE, max_cloud_share=0.25)).cloud_share <= 0.25
+    )
 
 
 def test_an_accuracy_is_reached_at_the_lowest_share():
@@ -99,7 +103,9 @@ def test_the_score_that_tells_right_from_wrong_best_is_taken():
     assert router.score == "entropy" and router.report["entropy"]["auroc"] == 1
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": "other", "format_version": 1}', '{"format": "shadowpeft-router"}'])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": "other", "format_version": 1}', '{"format": "shadowpeft-router"}']
+)
 def test_a_file_that_is_no_router_is_refused(tmp_path, text):
     path = tmp_path / "router.json"
     path.write_text(text)

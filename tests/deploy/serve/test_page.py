@@ -3,9 +3,9 @@
 import shutil
 
 import pytest
+
 from deploy.running import running
 from deploy.tiny import byte_tokenizer, shadow_model
-
 from shadowpeft.deploy.commands import edge_service
 from shadowpeft.deploy.route.artefact import fit_router
 from shadowpeft.deploy.route.operating import Example
@@ -23,11 +23,15 @@ if CHROMIUM is None:
 
 def test_a_chat_by_keyboard_shows_who_answered_how_surely_and_the_threshold_on_the_curve():
     examples = [
-        Example(scores=dict.fromkeys(SCORES, -0.5 * i), edge=float(i < 4), cloud=1.0, reason=None, is_out_of_scope=False)
+        Example(
+            scores=dict.fromkeys(SCORES, -0.5 * i), edge=float(i < 4), cloud=1.0, reason=None, is_out_of_scope=False
+        )
         for i in range(8)
     ]
     detached = shadow_model(adapters=("robot",)).detach()
-    local = edge_service(Loaded(model=detached, tokenizer=byte_tokenizer(), adapters=[]), Settings(temperature=0.0, max_new_tokens=8))
+    local = edge_service(
+        Loaded(model=detached, tokenizer=byte_tokenizer(), adapters=[]), Settings(temperature=0.0, max_new_tokens=8)
+    )
     service = EdgeService(local, fit_router(examples), None, never_escalate=True)
     with running(create_app(service)) as url, playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

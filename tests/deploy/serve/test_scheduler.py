@@ -7,8 +7,8 @@ import time
 
 import pytest
 import torch
-from deploy.tiny import byte_tokenizer, shadow_model
 
+from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.deploy.serve import batch as batches
 from shadowpeft.deploy.serve.batch import Batch
 from shadowpeft.deploy.serve.errors import ApiError

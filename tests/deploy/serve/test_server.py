@@ -9,10 +9,10 @@ import httpx
 import openai
 import pytest
 import torch
-from deploy.running import running
-from deploy.tiny import byte_tokenizer, shadow_model
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.running import running
+from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.deploy.serve.app import create_app
 from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.service import LocalService, Settings
@@ -86,7 +86,10 @@ def test_a_stream_says_what_the_whole_answer_says(client):
 
 
 def test_a_chat_without_template_is_a_transcript(client):
-    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
     answer = client.chat.completions.create(model="base", messages=messages)
     said = expected_text("System: Be brief.\nUser: Hi\nAssistant:", "base")
     assert answer.choices[0].message.content == said.lstrip()
@@ -134,7 +137,9 @@ def test_an_answer_ends_in_front_of_a_stop_sequence(client):
     whole = expected_text("Tell me", length=40)
     stop = whole[5:7]
     for stream in (False, True):
-        got = client.completions.create(model="robot", prompt="Tell me", max_tokens=40, stop=[stop, "\0\0"], stream=stream)
+        got = client.completions.create(
+            model="robot", prompt="Tell me", max_tokens=40, stop=[stop, "\0\0"], stream=stream
+        )
         if stream:
             chunks = list(got)
             text, reason = "".join(c.choices[0].text for c in chunks), chunks[-1].choices[0].finish_reason
@@ -180,7 +185,10 @@ WRONG = {
     "more than fits": ({**CHAT, "max_tokens": 100_000}, 400),
     "a prompt over the context": ({**CHAT, "messages": [{"role": "user", "content": "x" * 300}]}, 400),
     "temperature": ({**CHAT, "temperature": 3}, 400),
-    "temperature that is no number": (b'{"model":"robot","messages":[{"role":"user","content":"x"}],"temperature":NaN}', 400),
+    "temperature that is no number": (
+        b'{"model":"robot","messages":[{"role":"user","content":"x"}],"temperature":NaN}',
+        400,
+    ),
     "a field nobody knows": ({**CHAT, "temprature": 1}, 400),
     "tools": ({**CHAT, "tools": [{"type": "function"}]}, 400),
     "half a character": (b'{"model":"robot","messages":[{"role":"user","content":"\\ud800"}]}', 400),

@@ -1,8 +1,8 @@
 import random
 
 import pytest
-from deploy.tiny import byte_tokenizer
 
+from deploy.tiny import byte_tokenizer
 from shadowpeft.deploy.serve.text import AnswerText
 
 TOKENIZER = byte_tokenizer()

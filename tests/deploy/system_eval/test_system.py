@@ -5,9 +5,9 @@ import time
 
 import httpx
 import pytest
-from deploy.tiny import byte_tokenizer, shadow_model
 from typer.testing import CliRunner
 
+from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.cli import app
 from shadowpeft.deploy.system_eval.figures import scope_detection
 from shadowpeft.deploy.system_eval.link import Link, running_link

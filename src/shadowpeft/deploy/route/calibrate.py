@@ -107,7 +107,9 @@ def answers(
     """Greedy answers under the task's own prompts."""
     positions = num_positions(model)
     num_new = int(min(task.max_new_tokens, positions / 2))
-    prompts = [cut_left(tokenizer, ids, int(min(positions - num_new, 10**6))) for ids in all_prompt_ids(task, tokenizer, rows)]
+    prompts = [
+        cut_left(tokenizer, ids, int(min(positions - num_new, 10**6))) for ids in all_prompt_ids(task, tokenizer, rows)
+    ]
     return answer_all(
         model,
         tokenizer,

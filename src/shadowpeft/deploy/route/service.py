@@ -38,9 +38,7 @@ def decide(router: Router, text: str, facts: list[TokenFacts]) -> Decision:
     reason = reason_to_escalate(text, router.skills)
     if reason is None and confidence < router.point.threshold:
         reason = "low_confidence"
-    return Decision(
-        escalate=reason is not None, reason=reason or "confident", confidence=confidence, scores=scores
-    )
+    return Decision(escalate=reason is not None, reason=reason or "confident", confidence=confidence, scores=scores)
 
 
 class EdgeService:

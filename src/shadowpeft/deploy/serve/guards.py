@@ -49,7 +49,7 @@ class Guards:
         except ApiError as error:
             await _send_error(watched, error)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            route = route.path if (route := scope.get("route")) is not None else "other"
             self.metrics.requests.labels(route=route, status=str(status)).inc()
             self.metrics.request_seconds.observe(time.monotonic() - started)
 

@@ -49,7 +49,9 @@ class Replies:
             pass
         choices = []
         for index, choice in enumerate(self.choices):
-            said = {"message": {"role": "assistant", "content": choice.text}} if self._is_chat else {"text": choice.text}
+            said = (
+                {"message": {"role": "assistant", "content": choice.text}} if self._is_chat else {"text": choice.text}
+            )
             logprobs = self._logprobs(choice.tokens, 0)
             choices.append({"index": index, **said, "logprobs": logprobs, "finish_reason": choice.reason})
         kind = "chat.completion" if self._is_chat else "text_completion"

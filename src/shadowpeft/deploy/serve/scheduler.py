@@ -156,7 +156,7 @@ class Scheduler:
     def _guarded(self, sequences: list[Sequence], act: Callable[[], Batch]) -> Batch:
         try:
             return act()
-        except Exception as error:  # noqa: BLE001 - the server's last line: any fault ends these rows, not the thread
+        except Exception as error:
             logger.exception("decoding failed")
             text = f"the model failed: {type(error).__name__}"
             failure = error if isinstance(error, ApiError) else ApiError(text, status=500, code="model_failed")

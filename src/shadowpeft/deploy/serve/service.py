@@ -195,7 +195,9 @@ class LocalService:
                 param="model",
             )
         if request.num_top is not None:
-            raise ApiError("speculative answers carry no logprobs; leave them out", code="unsupported", param="logprobs")
+            raise ApiError(
+                "speculative answers carry no logprobs; leave them out", code="unsupported", param="logprobs"
+            )
 
     def _prompts(self, request: Request) -> list[list[int]]:
         if isinstance(request, ChatRequest):

@@ -38,13 +38,17 @@ class Link:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.num_connections += 1
-        await asyncio.sleep(2 * self._half)
+        writers = [writer]
         try:
+            await asyncio.sleep(2 * self._half)
             far_reader, far_writer = await asyncio.open_connection(HOST, self._target)
+            writers.append(far_writer)
+            await asyncio.gather(self._pump(reader, far_writer, "up"), self._pump(far_reader, writer, "down"))
         except OSError:
-            writer.close()
-            return
-        await asyncio.gather(self._pump(reader, far_writer, "up"), self._pump(far_reader, writer, "down"))
+            pass  # nobody listens behind the link: the near side sees its connection closed
+        finally:
+            for one in writers:
+                one.close()
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, way: str) -> None:
         queue: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
@@ -93,3 +97,4 @@ async def _stop(server: asyncio.Server) -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+    await asyncio.sleep(0.05)  # closed transports let go of their sockets in the next rounds of the loop

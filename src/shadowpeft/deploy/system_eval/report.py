@@ -6,10 +6,10 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from shadowpeft.evaluate.record import write_record  # noqa: E402
-from shadowpeft.files import write_files  # noqa: E402
+from shadowpeft.evaluate.record import write_record
+from shadowpeft.files import write_files
 
 
 def write_report(figures: dict[str, Any], folder: Path) -> None:
@@ -71,11 +71,19 @@ def _systems_table(systems: dict[str, Any]) -> str:
 
 
 def _routers_table(routers: dict[str, Any]) -> str:
-    heads = ["router", "area under the curve", "gap recovered", "share for 50% / 80% / 95% of the gap", "AUROC right/wrong"]
+    heads = [
+        "router",
+        "area under the curve",
+        "gap recovered",
+        "share for 50% / 80% / 95% of the gap",
+        "AUROC right/wrong",
+    ]
     rows = []
     for name, one in sorted(routers.items(), key=lambda item: -item[1]["area"]):
         shares = " / ".join(_number(value) for value in one["share_for_gap"].values())
-        rows.append([name, f"{one['area']:.4f}", _number(one["recovered_gap"]), shares, _number(one.get("auroc_right"))])
+        rows.append(
+            [name, f"{one['area']:.4f}", _number(one["recovered_gap"]), shares, _number(one.get("auroc_right"))]
+        )
     return _table(heads, rows)
 
 
@@ -106,7 +114,9 @@ def _draw_latency(figures: dict[str, Any], path: Path) -> None:
     for name, one in figures["systems"].items():
         ordered = sorted(1000 * value for value in one["latencies"])
         axes.plot(ordered, [(i + 1) / len(ordered) for i in range(len(ordered))], label=name)
-    axes.set(xlabel="milliseconds", ylabel="share of requests answered", title=f"{figures['task']}: latency", xscale="log")
+    axes.set(
+        xlabel="milliseconds", ylabel="share of requests answered", title=f"{figures['task']}: latency", xscale="log"
+    )
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     _save(figure, path)
