@@ -193,8 +193,8 @@ def _expectation(router: Router) -> str:
     worst, best = point.accuracy_interval
     normal = "" if point.normal_cloud_share is None else f", {point.normal_cloud_share:.1%} of those in scope"
     return (
-        f"threshold {point.threshold:.4f} on {router.score}: expect {point.cloud_share:.1%} of requests to go to the cloud "
-        f"(95% interval {low:.1%} to {high:.1%}{normal}) and an accuracy of {point.accuracy:.2%} ({worst:.2%} to {best:.2%})"
+        f"threshold {point.threshold:.4f} on {router.score}: expect {point.cloud_share:.1%} of requests in the cloud "
+        f"(95% interval {low:.1%} to {high:.1%}{normal}) and accuracy {point.accuracy:.2%} ({worst:.2%} to {best:.2%})"
     )
 
 

@@ -74,7 +74,7 @@ def edge(url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, **options):
 
 @contextlib.contextmanager
 def scripted(*replies):
-    """A cloud that gives raw HTTP replies in turn (the last for ever); ``None`` closes the connection, a number waits."""
+    """A cloud that gives raw HTTP replies in turn (the last for ever); ``None`` closes, a number waits."""
     taken, stop = [], threading.Event()
 
     def answer(listener):

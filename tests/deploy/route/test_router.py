@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -96,9 +97,9 @@ def test_a_router_is_the_same_after_a_round_trip_and_takes_a_new_target(tmp_path
 
 def test_the_score_that_tells_right_from_wrong_best_is_taken():
     rows = [
-        Example(scores={**dict.fromkeys(SCORES, -0.5), "entropy": -0.1 * i}, edge=float(i < 3), cloud=1.0, reason=None, is_out_of_scope=False)
+        replace(example(-0.5, float(i < 3)), scores={**dict.fromkeys(SCORES, -0.5), "entropy": -0.1 * i})
         for i in range(6)
-    ]  # fmt: skip
+    ]
     router = fit_router(rows)
     assert router.score == "entropy" and router.report["entropy"]["auroc"] == 1
 

@@ -249,7 +249,8 @@ def test_a_client_that_leaves_frees_its_place(service, address, stream):
     asked = {"model": "robot", "prompt": "x", "max_tokens": 250, "stream": stream, "temperature": 1.0}
     host, port = address.removeprefix("http://").split(":")
     body = json.dumps(asked)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    head += f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
     with socket.create_connection((host, int(port)), timeout=10) as leaving:
         leaving.sendall((head + body).encode())
         if stream:

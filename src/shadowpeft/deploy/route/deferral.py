@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def recovered_gap(curve: Curve) -> float | None:
 
 
 def share_for_gap(curve: Curve, part: float) -> float | None:
-    """RouteLLM's CPT: the smallest share at which ``part`` of the gap to the cloud is closed. None if there is no gap."""
+    """RouteLLM's CPT: the smallest share at which ``part`` of the gap to the cloud is closed; None without a gap."""
     edge, cloud = curve.accuracies[0], curve.accuracies[-1]
     if cloud <= edge:
         return None
@@ -79,4 +80,4 @@ def shuffled(n: int, seed: int = 0) -> list[float]:
 
 def _area(shares: Sequence[float], accuracies: Sequence[float]) -> float:
     pairs = list(zip(shares, accuracies, strict=True))
-    return sum((s1 - s0) * (a0 + a1) / 2 for (s0, a0), (s1, a1) in zip(pairs, pairs[1:], strict=False))
+    return sum((s1 - s0) * (a0 + a1) / 2 for (s0, a0), (s1, a1) in pairwise(pairs))

@@ -38,7 +38,7 @@ def entropy(facts: Facts) -> float:
 
 
 def first_logprob(facts: Facts) -> float:
-    """Log-probability of the first token: the maximum softmax probability (Hendrycks and Gimpel 2017) of greedy answers."""
+    """Log-probability of the first token; of greedy answers the maximum softmax (Hendrycks and Gimpel 2017)."""
     return facts[0].logprob
 
 

@@ -23,7 +23,7 @@ LOCAL_NAME = "edge:local"
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Whether an answer is kept, and why: ``confident`` or a reason to escalate; its calibrated confidence and scores."""
+    """Whether an answer is kept, and why: ``confident`` or a reason to escalate; its confidence and scores."""
 
     escalate: bool
     reason: str

@@ -70,7 +70,7 @@ class Scheduler:
             if len(self._waiting) + len(sequences) > self._max_waiting:
                 self._metrics.refused.inc()
                 raise ApiError(
-                    f"{len(self._waiting)} answers are waiting already, at most {self._max_waiting} may; try again later",
+                    f"{len(self._waiting)} answers are waiting already, at most {self._max_waiting} may; try later",
                     status=429,
                     code="too_many_requests",
                     retry_after=1,
@@ -120,7 +120,7 @@ class Scheduler:
         return True
 
     def _round(self) -> None:
-        """Admits what fits, then one token for all; whatever the model raises ends the rows it concerns, not the server."""
+        """Admits what fits, then one token for all; a fault of the model ends its rows, not the server."""
         self._drop_abandoned()
         joining = self._next_to_join()
         solo = [sequence for sequence in joining if sequence.job.num_drafts]

@@ -32,7 +32,7 @@ class Job:
     prompt: tuple[int, ...]
     path: Path
     max_tokens: int
-    sampling: Sampling = Sampling()
+    sampling: Sampling = field(default_factory=Sampling)
     stops: tuple[str, ...] = ()
     ends: tuple[int, ...] = ()
     strip_start: bool = False

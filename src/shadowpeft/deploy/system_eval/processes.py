@@ -41,7 +41,7 @@ class ServerProcess:
         self.arguments, self.port = list(arguments), port or free_port()
         self.url = f"http://{HOST}:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process; close() ends it
 
     def start(self, timeout: float = 300.0) -> None:
         """Starts it and waits until it is healthy.

@@ -30,8 +30,8 @@ def markdown(figures: dict[str, Any]) -> str:
     speed = "unlimited" if link["megabits"] is None else f"{link['megabits']:g} Mbit/s"
     parts = [
         f"# {figures['task']}: edge and cloud as one system",
-        f"{figures['num_rows']} rows, {figures['num_out_of_scope']} of them out of scope; link {link['round_trip_ms']:g} ms "
-        f"round trip, {speed}; {figures['concurrency']} at a time; confidence {figures['score']}. Everything ran on one "
+        f"{figures['num_rows']} rows, {figures['num_out_of_scope']} out of scope; link {link['round_trip_ms']:g} ms "
+        f"round trip, {speed}; {figures['concurrency']} at a time; confidence {figures['score']}. All ran on one "
         "machine, edge and cloud as processes of their own, so the edge was as fast as the cloud's machine.",
         _systems_table(figures["systems"]),
         "## Routers on these rows",
