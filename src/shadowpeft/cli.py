@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 
-from shadowpeft import commands
+from shadowpeft import cli_deploy, commands
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.config import PRESETS
 from shadowpeft.deploy import commands as deploying
@@ -261,6 +261,7 @@ def compare(
         retry_failed=retry_failed,
         report_only=report_only,
     )
+cli_deploy.add_verbs(app, console)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The shadow on its own: detached folders, ONNX and GGUF files, and other libraries' checkpoints."""
+"""Shadows at work: detached folders, ONNX and GGUF files, other libraries' checkpoints, servers and routers."""
 
 from shadowpeft.deploy.convert import convert_checkpoint
 from shadowpeft.deploy.detach import write_detached

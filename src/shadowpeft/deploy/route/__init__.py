@@ -1,0 +1,1 @@
+"""Deciding on the device whether its answer will do or the cloud is asked."""

@@ -1,0 +1,127 @@
+"""A router from a trained adapter and validation rows: both sides answer, and the edge's scores are kept."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shadowpeft.deploy.route.calibration import auroc
+from shadowpeft.deploy.route.grammar import reason_to_escalate, skill_name
+from shadowpeft.deploy.route.operating import Example
+from shadowpeft.deploy.route.scores import SCORES, all_scores
+from shadowpeft.deploy.serve.mixed import Path
+from shadowpeft.deploy.serve.offline import Said, answer_all
+from shadowpeft.deploy.serve.service import end_ids
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.evaluate.batches import num_positions
+from shadowpeft.train.answers import REMOTE, Row, first_call
+from shadowpeft.train.data import all_prompt_ids, cut_left
+from shadowpeft.train.tasks import Task
+
+# Targets that mean "not for this device": the robot's, and CLINC150's.
+OUT_OF_SCOPE = (REMOTE, "oos()")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Observed:
+    """Both sides' answers to the same rows.
+
+    Attributes:
+        examples: as the router sees them.
+        cloud_scores: the attached model's own scores, for comparison.
+    """
+
+    examples: list[Example]
+    cloud_scores: list[dict[str, float]]
+
+    def cloud_auroc_in_scope(self) -> dict[str, float | None]:
+        """How well the attached model's scores tell in from out of scope; ``first_logprob`` is the usual baseline,
+        maximum softmax probability."""
+        is_in = [not example.is_out_of_scope for example in self.examples]
+        return {name: auroc([scores[name] for scores in self.cloud_scores], is_in) for name in SCORES}
+
+
+def skills_of(task: Task, rows: Sequence[Row]) -> tuple[str, ...] | None:
+    """Names of the skills in the rows' targets; None for a task that is not answered by calls."""
+    if task.extract is not first_call:
+        return None
+    calls = {task.target(row).strip() for row in rows}
+    return tuple(sorted({skill_name(call) for call in calls if call not in OUT_OF_SCOPE}))
+
+
+def is_out_of_scope(task: Task, row: Row) -> bool:
+    return task.target(row).strip() in OUT_OF_SCOPE
+
+
+def observe(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    *,
+    adapter: str,
+    skills: Sequence[str] | None,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Observed:
+    """Asks the detached shadow and the attached model of a shadow model.
+
+    Raises:
+        ConfigError: the task is not answered by text.
+        DataError: no rows.
+    """
+    if task.kind != "generation":
+        raise ConfigError(f"task {task.name!r} is answered by a {task.kind}; a router needs generated answers")
+    if not rows:
+        raise DataError(f"there are no rows of task {task.name!r} to calibrate on")
+    sides = {}
+    for side, uses_base in (("edge", False), ("cloud", True)):
+        path = Path(adapter=adapter, uses_base=uses_base)
+        sides[side] = answers(model, tokenizer, task, rows, path, batch_size=batch_size, progress=progress)
+    examples = []
+    for row, edge, cloud in zip(rows, sides["edge"], sides["cloud"], strict=True):
+        examples.append(
+            Example(
+                scores=all_scores(edge.facts),
+                edge=headline(task, edge.text, row),
+                cloud=headline(task, cloud.text, row),
+                reason=reason_to_escalate(edge.text, skills),
+                is_out_of_scope=is_out_of_scope(task, row),
+            )
+        )
+    return Observed(examples=examples, cloud_scores=[all_scores(said.facts) for said in sides["cloud"]])
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    rows: Sequence[Row],
+    path: Path,
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> list[Said]:
+    """Greedy answers under the task's own prompts."""
+    positions = num_positions(model)
+    num_new = int(min(task.max_new_tokens, positions / 2))
+    prompts = [
+        cut_left(tokenizer, ids, int(min(positions - num_new, 10**6))) for ids in all_prompt_ids(task, tokenizer, rows)
+    ]
+    return answer_all(
+        model,
+        tokenizer,
+        prompts,
+        path,
+        max_tokens=num_new,
+        ends=end_ids(model, tokenizer),
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def headline(task: Task, text: str, row: Row) -> float:
+    """1 where the task's metric gives an answer full marks, else 0."""
+    return float(task.score(task.extract(text), row)[task.metric] >= 1)

@@ -1,0 +1,173 @@
+"""Asking the cloud, with patience that ends."""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from shadowpeft.deploy.route.breaker import CircuitBreaker
+from shadowpeft.deploy.serve.metrics import Metrics
+from shadowpeft.deploy.serve.protocol import ChatRequest, Request
+from shadowpeft.errors import ShadowPeftError
+
+
+class CloudError(ShadowPeftError):
+    """The cloud gave no answer that can be used. ``kind``: why, one word for counters."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloudAnswer:
+    """What the cloud said."""
+
+    text: str
+    finish_reason: str
+    num_tokens: int
+    num_attempts: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloudSettings:
+    """Where the cloud is and how long it is waited for.
+
+    Attributes:
+        url: its address, without ``/v1``.
+        model: asked for by this name.
+        api_key: sent along if given.
+        total_seconds: for all attempts and pauses together.
+        max_attempts: calls for one answer.
+        first_pause, max_pause: seconds between attempts, doubled each time, half of it at random.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = None
+    total_seconds: float = 10.0
+    max_attempts: int = 3
+    first_pause: float = 0.1
+    max_pause: float = 2.0
+
+
+class Cloud:
+    """A client of one server.
+
+    Args:
+        settings: see there.
+        metrics: counts every attempt by outcome.
+        breaker: shared by all requests.
+        transport: for tests.
+    """
+
+    def __init__(
+        self,
+        settings: CloudSettings,
+        metrics: Metrics,
+        *,
+        breaker: CircuitBreaker | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._settings, self._metrics, self._sleep = settings, metrics, sleep
+        self.breaker = breaker or CircuitBreaker()
+        headers = {} if settings.api_key is None else {"authorization": f"Bearer {settings.api_key}"}
+        limits = httpx.Limits(max_connections=256, max_keepalive_connections=64)
+        self._client = httpx.AsyncClient(
+            base_url=settings.url, headers=headers, transport=transport, limits=limits, trust_env=False
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def ask(self, request: Request, is_acceptable: Callable[[str], bool]) -> CloudAnswer:
+        """The cloud's answer to a client's request.
+
+        Args:
+            is_acceptable: whether a text can be used; another one counts as a failed attempt.
+
+        Raises:
+            CloudError: the breaker is open, or no attempt within the time gave an answer that can be used.
+        """
+        settings, deadline = self._settings, time.monotonic() + self._settings.total_seconds
+        failure = CloudError("late", "there was no time for a single attempt")
+        for attempt in range(1, settings.max_attempts + 1):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            if not self.breaker.allows():
+                self._count("not_asked")
+                raise CloudError("breaker_open", "the cloud failed several times and is left alone for now")
+            try:
+                answer = await self._attempt(request, left, attempt, is_acceptable)
+            except CloudError as error:
+                failure = error
+                self._count(error.kind)
+                if error.kind == "refused":  # the request's fault, not the cloud's: the same again is pointless
+                    self.breaker.succeeded()
+                    raise
+                self.breaker.failed()
+            except BaseException:
+                self.breaker.released()
+                raise
+            else:
+                self.breaker.succeeded()
+                self._count("answered")
+                return answer
+            finally:
+                self._metrics.breaker_open.set(self.breaker.is_open)
+            if attempt < settings.max_attempts:
+                await self._sleep(min(self._pause(attempt), max(deadline - time.monotonic(), 0)))
+        raise failure
+
+    def _pause(self, attempt: int) -> float:
+        longest = min(self._settings.first_pause * 2 ** (attempt - 1), self._settings.max_pause)
+        return longest * (0.5 + random.random() / 2)
+
+    def _count(self, outcome: str) -> None:
+        self._metrics.cloud_attempts.labels(outcome=outcome).inc()
+
+    async def _attempt(
+        self, request: Request, seconds: float, attempt: int, is_acceptable: Callable[[str], bool]
+    ) -> CloudAnswer:
+        route = "/v1/chat/completions" if isinstance(request, ChatRequest) else "/v1/completions"
+        try:
+            reply = await asyncio.wait_for(
+                self._client.post(route, json=body_for(request, self._settings.model), timeout=seconds), seconds
+            )
+        except (httpx.TimeoutException, asyncio.TimeoutError) as error:
+            raise CloudError("late", "the cloud did not answer in time") from error
+        except (httpx.TransportError, httpx.InvalidURL) as error:
+            raise CloudError("down", f"the cloud cannot be reached: {type(error).__name__}") from error
+        if reply.status_code in (408, 429) or reply.status_code >= 500:
+            raise CloudError("failed", f"the cloud answered with status {reply.status_code}")
+        if reply.status_code != 200:
+            raise CloudError("refused", f"the cloud refused with status {reply.status_code}")
+        answer = _read(reply, isinstance(request, ChatRequest), attempt)
+        if not is_acceptable(answer.text):
+            raise CloudError("wrong", "the cloud's answer is none that can be carried out")
+        return answer
+
+
+def body_for(request: Request, model: str) -> dict[str, Any]:
+    """A client's request as it goes on to the cloud: another model name, in one piece."""
+    values = request.model_dump(exclude_none=True, exclude={"stream", "stream_options"})
+    return {**values, "model": model}
+
+
+def _read(reply: httpx.Response, is_chat: bool, attempt: int) -> CloudAnswer:
+    try:
+        values = reply.json()
+        choice = values["choices"][0]
+        text = choice["message"]["content"] if is_chat else choice["text"]
+        reason, num_tokens = choice["finish_reason"], values["usage"]["completion_tokens"]
+    except (ValueError, LookupError, TypeError) as error:
+        raise CloudError("wrong", "the cloud's answer is not of OpenAI's shape") from error
+    if not isinstance(text, str) or not isinstance(reason, str) or not isinstance(num_tokens, int):
+        raise CloudError("wrong", "the cloud's answer is not of OpenAI's shape")
+    return CloudAnswer(text=text, finish_reason=reason, num_tokens=num_tokens, num_attempts=attempt)

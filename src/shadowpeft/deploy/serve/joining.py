@@ -1,0 +1,67 @@
+"""Caches of left-padded rows that grow together: joining two batches, dropping rows, dropping empty columns.
+
+A row's keys end in the last column; columns in front of its first token hold zeros and are masked. ``width`` counts
+all columns. A windowed layer stores only its last ``window - 1`` columns.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from shadowpeft.errors import ArchitectureError
+
+
+def new_cache(config: PreTrainedConfig) -> DynamicCache:
+    """An empty cache whose layers can be joined.
+
+    Raises:
+        ArchitectureError: the model keeps something else than keys and values.
+    """
+    cache = DynamicCache(config=config)
+    for layer in cache.layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ArchitectureError(
+                f"a {config.model_type} model caches with {type(layer).__name__}, which cannot be joined row by row; "
+                "it cannot be served in batches"
+            )
+    return cache
+
+
+def stored_columns(layer: DynamicLayer, width: int) -> int:
+    return min(width, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else width
+
+
+def widen(cache: Cache, width: int) -> None:
+    """Adds empty columns on the left until there are ``width``."""
+    for layer in cache.layers:
+        missing = stored_columns(layer, width) - layer.keys.shape[-2]
+        if missing:
+            layer.keys, layer.values = (F.pad(part, (0, 0, missing, 0)) for part in (layer.keys, layer.values))
+        _set_width(layer, width)
+
+
+def narrow(cache: Cache, width: int) -> None:
+    """Drops columns on the left until there are ``width``."""
+    for layer in cache.layers:
+        surplus = layer.keys.shape[-2] - stored_columns(layer, width)
+        if surplus:
+            layer.keys, layer.values = layer.keys[..., surplus:, :], layer.values[..., surplus:, :]
+        _set_width(layer, width)
+
+
+def join(first: Cache, second: Cache) -> None:
+    """Appends the rows of ``second`` to ``first``; both have the same width."""
+    for left, right in zip(first.layers, second.layers, strict=True):
+        left.keys, left.values = torch.cat([left.keys, right.keys]), torch.cat([left.values, right.values])
+
+
+def keep(cache: Cache, rows: Tensor) -> None:
+    """Keeps ``rows``, in that order."""
+    cache.batch_select_indices(rows)
+
+
+def _set_width(layer: DynamicLayer, width: int) -> None:
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = width

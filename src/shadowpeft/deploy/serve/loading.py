@@ -1,0 +1,114 @@
+"""Models for a server: one base with any number of adapters, or a detached shadow."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shadowpeft.deploy.serve.catalogue import is_usable_name
+from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
+from shadowpeft.model import ShadowModel
+from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.train.tasks import TASKS, Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model with its tokenizer and the names of its adapters."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    adapters: list[str]
+
+
+def parse_adapter(text: str) -> tuple[str, str]:
+    """``NAME=FOLDER`` or ``FOLDER`` -> (name, folder). A folder called ``adapter`` is named after its parent.
+
+    Raises:
+        AdapterError: the name cannot be part of a model name.
+    """
+    name, is_named, folder = text.partition("=")
+    if not is_named:
+        path = Path(text)
+        name, folder = (path.parent.name if path.name == "adapter" and path.parent.name else path.name), text
+    if not is_usable_name(name):
+        raise AdapterError(f"{name!r} cannot name an adapter; give one of letters, digits, - and _: NAME={folder}")
+    return name, folder
+
+
+def load_served(
+    adapters: list[str], *, base: str | None = None, lora: str | None = None, allow_other_weights: bool = False
+) -> Loaded:
+    """One base in memory, with every adapter.
+
+    Args:
+        adapters: ``NAME=FOLDER`` each. All must belong to one base.
+        base: its name, if it is not the one that the first adapter names.
+        lora: folder of a peft adapter that is merged into the base, for comparisons; no shadows then.
+
+    Raises:
+        ShadowPeftError: nothing to serve, or an adapter that does not fit.
+    """
+    named = [parse_adapter(text) for text in adapters]
+    if len({name for name, _ in named}) < len(named):
+        raise AdapterError(f"two adapters have one name in {', '.join(adapters)}; give NAME=FOLDER")
+    if not named and base is None:
+        raise ConfigError("nothing to serve: name adapters, or a base with --base")
+    if named and lora is not None:
+        raise ConfigError("a merged LoRA changes the base that shadows were trained on; serve them apart")
+    folder = checkpoints.find_folder(named[0][1]) if named else None
+    base_name = base or checkpoints.read_config(folder)["base"]["name_or_path"]  # type: ignore[arg-type]
+    model = load_model(base_name)
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ArchitectureError(f"{base_name!r} is no causal language model, so it cannot answer")
+    tokenizer = load_tokenizer(_tokenizer_place(folder, base_name))
+    if lora is not None:
+        model = _with_lora(model, lora)
+    elif folder is not None:
+        options: dict[str, Any] = {"allow_other_weights": allow_other_weights}
+        shadow = ShadowModel.from_pretrained(folder, model, adapter_name=named[0][0], **options)
+        for name, place in named[1:]:
+            shadow.load_adapter(place, name, **options)
+        model = shadow
+    return Loaded(model=model.eval(), tokenizer=tokenizer, adapters=[name for name, _ in named])
+
+
+def load_edge(place: str, *, adapter: str | None = None) -> Loaded:
+    """A detached shadow: a folder written by ``detach().save_pretrained``, or an adapter folder, detached here.
+
+    The second needs the base on the device while loading and is meant for trying out.
+    """
+    if (Path(place) / checkpoints.CONFIG_FILE).is_file():
+        loaded = load_served([f"{adapter or 'edge'}={place}"])
+        assert isinstance(loaded.model, ShadowModel)
+        return Loaded(model=loaded.model.detach(), tokenizer=loaded.tokenizer, adapters=[])
+    return Loaded(model=load_model(place).eval(), tokenizer=load_tokenizer(place), adapters=[])
+
+
+def task_or_none(name: str | None) -> Task | None:
+    """The task whose prompt wraps chat messages.
+
+    Raises:
+        ConfigError: unknown, or its prompt needs more than one text.
+    """
+    if name is None:
+        return None
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}")
+    if TASKS[name].kind != "generation":
+        raise ConfigError(f"task {name!r} is answered by a {TASKS[name].kind}, not by text; it cannot be served")
+    return TASKS[name]
+
+
+def _tokenizer_place(folder: Path | None, base: str) -> str:
+    return str(folder) if folder is not None and (folder / "tokenizer_config.json").is_file() else base
+
+
+def _with_lora(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ConfigError("serving a LoRA needs peft: pip install peft") from error
+    return PeftModel.from_pretrained(model, folder).merge_and_unload()  # type: ignore[return-value]

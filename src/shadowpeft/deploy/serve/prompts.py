@@ -1,0 +1,55 @@
+"""From messages and texts to the token ids that the model was trained to answer."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.protocol import Message
+from shadowpeft.train.data import uses_chat
+from shadowpeft.train.tasks import Task
+
+
+def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], task: Task | None) -> list[int]:
+    """Ids of a conversation.
+
+    With a task, its prompt around the last message, as in training. Else the tokenizer's chat template; else a plain
+    transcript, since a base without template has no better convention.
+    """
+    turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
+    if task is not None:
+        prompt = task.prompt(dict.fromkeys(task.fields, turns[-1]["content"]))
+        turns = [{"role": "user", "content": prompt}]
+        if not uses_chat(tokenizer):
+            return text_ids(tokenizer, prompt)
+    if uses_chat(tokenizer):
+        text = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+        return _encode(tokenizer, str(text))
+    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
+    return text_ids(tokenizer, "\n".join([*lines, "Assistant:"]))
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a plain text, with BOS in front if the tokenizer has one."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [*start, *_encode(tokenizer, text)]
+
+
+def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
+    """Ids that a client gave.
+
+    Raises:
+        ApiError: one of them is no token.
+    """
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise ApiError(f"{token} is no token id: expected 0 to {vocabulary - 1}", param="prompt")
+    return list(ids)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ApiError("the text holds half a surrogate pair, which is no character", code="invalid_value")
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -1,0 +1,201 @@
+"""One thread that owns the model and decodes every request that is there, letting new ones join at any step.
+
+transformers' own continuous batching owns one paged cache sized from one config and switches the base's attention
+to paged kernels; a second backbone, whose keys are needed too, has no place in it. Hence this scheduler over caches
+of both paths.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from shadowpeft.deploy.serve import batch as batches
+from shadowpeft.deploy.serve.batch import Batch
+from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.metrics import Metrics
+from shadowpeft.deploy.serve.sequence import Event, Job, Sequence
+from shadowpeft.deploy.serve.speculation import speculate
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Decodes jobs together.
+
+    Args:
+        model: a shadow model, or a plain causal language model.
+        tokenizer: its tokenizer.
+        metrics: counts what happens.
+        max_batch: rows decoded together at most.
+        max_waiting: rows waiting for a place at most; one more is refused with status 429.
+        max_prefill: prompt tokens read in one pass at most (but always one prompt), so that a long queue of prompts
+            does not hold up the rows that are running.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: Metrics,
+        *,
+        max_batch: int = 32,
+        max_waiting: int = 256,
+        max_prefill: int = 4096,
+    ) -> None:
+        self._model, self._tokenizer, self._metrics = model, tokenizer, metrics
+        self._max_batch, self._max_waiting, self._max_prefill = max_batch, max_waiting, max_prefill
+        self._waiting: deque[Sequence] = deque()
+        self._running = Batch()
+        self._wake = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
+        self._thread.start()
+
+    # ---------------------------------------------------------------- for other threads
+
+    def submit(self, jobs: list[Job], emits: list[Callable[[Event], None]]) -> list[Sequence]:
+        """Queues jobs, all or none.
+
+        Raises:
+            ApiError: too many are waiting (429), or the server is going down (503).
+        """
+        sequences = [Sequence(job, emit, self._tokenizer) for job, emit in zip(jobs, emits, strict=True)]
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                raise ApiError("the server is shutting down", status=503, code="shutting_down", retry_after=5)
+            if len(self._waiting) + len(sequences) > self._max_waiting:
+                self._metrics.refused.inc()
+                raise ApiError(
+                    f"{len(self._waiting)} answers are waiting already, at most {self._max_waiting} may; try later",
+                    status=429,
+                    code="too_many_requests",
+                    retry_after=1,
+                )
+            self._waiting.extend(sequences)
+            self._wake.notify()
+        return sequences
+
+    def cancel(self, sequences: list[Sequence]) -> None:
+        """Gives jobs up; their rows are dropped before the next step."""
+        with self._wake:
+            for sequence in sequences:
+                sequence.cancelled = True
+            self._wake.notify()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def close(self, timeout: float | None = None) -> None:
+        """Takes no more jobs, finishes those there are and ends the thread."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._thread.join(timeout)
+
+    # ---------------------------------------------------------------- the worker
+
+    def _work(self) -> None:
+        try:
+            while self._wait_for_work():
+                self._round()
+        finally:
+            with self._wake:
+                self._closing = True
+                left = [*self._running.sequences, *self._waiting]
+            for sequence in left:
+                sequence.fail(ApiError("the decoder has stopped", status=500, code="decoder_stopped"))
+
+    def _wait_for_work(self) -> bool:
+        """True once there is work; False when closing and all is done."""
+        with self._wake:
+            while not self._waiting and not len(self._running):
+                if self._closing:
+                    return False
+                self._wake.wait()
+        return True
+
+    def _round(self) -> None:
+        """Admits what fits, then one token for all; a fault of the model ends its rows, not the server."""
+        self._drop_abandoned()
+        joining = self._next_to_join()
+        solo = [sequence for sequence in joining if sequence.job.num_drafts]
+        together = [sequence for sequence in joining if not sequence.job.num_drafts]
+        if together:
+            started = time.monotonic()
+            fresh = self._guarded(together, lambda: batches.prefill(self._model, together))
+            self._metrics.prefill_seconds.observe(time.monotonic() - started)
+            old, new = self._running, fresh
+            self._running = self._guarded([*old.sequences, *new.sequences], lambda: batches.merge(old, new))
+        for sequence in solo:
+            self._guarded([sequence], lambda sequence=sequence: self._alone(sequence))
+        self._step()
+        self._tell_sizes()
+
+    def _step(self) -> None:
+        if len(self._running):
+            running = self._running
+            self._metrics.batch_rows.observe(len(running))
+            self._running = self._guarded(running.sequences, lambda: batches.step(self._model, running))
+
+    def _alone(self, sequence: Sequence) -> Batch:
+        """A speculative answer. The other rows go on: each time it has news, they take one step too."""
+
+        def meanwhile() -> bool:
+            self._drop_abandoned()
+            self._step()
+            return not sequence.cancelled and not sequence.told
+
+        self._metrics.count_drafts(*speculate(self._model, sequence, meanwhile))
+        return Batch()
+
+    def _guarded(self, sequences: list[Sequence], act: Callable[[], Batch]) -> Batch:
+        try:
+            return act()
+        except Exception as error:
+            logger.exception("decoding failed")
+            text = f"the model failed: {type(error).__name__}"
+            failure = error if isinstance(error, ApiError) else ApiError(text, status=500, code="model_failed")
+            for sequence in sequences:
+                sequence.fail(failure)
+            return Batch()
+
+    def _drop_abandoned(self) -> None:
+        now = time.monotonic()
+        with self._wake:
+            queued, self._waiting = list(self._waiting), deque()
+            self._waiting.extend(s for s in queued if not self._is_over(s, now))
+        rows = [row for row, s in enumerate(self._running.sequences) if not self._is_over(s, now)]
+        self._running = batches.keep(self._running, rows)
+
+    def _is_over(self, sequence: Sequence, now: float) -> bool:
+        deadline = sequence.job.deadline
+        if not sequence.cancelled and deadline is not None and now > deadline:
+            self._metrics.timed_out.inc()
+            sequence.fail(ApiError("the answer took longer than the server allows", status=504, code="timeout"))
+        if sequence.cancelled and not sequence.told:
+            self._metrics.cancelled.inc()
+            sequence.told = True
+        return sequence.told
+
+    def _next_to_join(self) -> list[Sequence]:
+        """Waiting rows that fit into the batch and into one reading pass, first come first served."""
+        chosen: list[Sequence] = []
+        with self._wake:
+            longest = 0
+            while self._waiting and len(self._running) + len(chosen) < self._max_batch:
+                longest = max(longest, len(self._waiting[0].job.prompt))
+                if chosen and longest * (len(chosen) + 1) > self._max_prefill:
+                    break
+                chosen.append(self._waiting.popleft())
+        for sequence in chosen:
+            self._metrics.queue_seconds.observe(time.monotonic() - sequence.submitted)
+        return chosen
+
+    def _tell_sizes(self) -> None:
+        self._metrics.running.set(len(self._running))
+        self._metrics.waiting.set(len(self._waiting))

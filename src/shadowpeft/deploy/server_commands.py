@@ -1,0 +1,230 @@
+"""What the verbs of this layer do: serve, edge, calibrate, system-eval."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from shadowpeft.deploy.route.artefact import Router, fit_router, load_router, save_router
+from shadowpeft.deploy.route.breaker import CircuitBreaker
+from shadowpeft.deploy.route.calibrate import observe, skills_of
+from shadowpeft.deploy.route.cloud import Cloud, CloudSettings
+from shadowpeft.deploy.route.service import EDGE_NAME, EdgeService
+from shadowpeft.deploy.serve.app import create_app
+from shadowpeft.deploy.serve.catalogue import Entry, catalogue
+from shadowpeft.deploy.serve.loading import Loaded, load_edge, load_served, task_or_none
+from shadowpeft.deploy.serve.mixed import Path as ModelPath
+from shadowpeft.deploy.serve.run import check_free, run_app
+from shadowpeft.deploy.serve.service import LocalService, Service, Settings
+from shadowpeft.deploy.system_eval.report import write_report
+from shadowpeft.deploy.system_eval.run import SystemConfig
+from shadowpeft.deploy.system_eval.run import run as run_system
+from shadowpeft.errors import ConfigError
+from shadowpeft.train.answers import Row
+from shadowpeft.train.data import load_rows
+from shadowpeft.train.sources import read_file
+from shadowpeft.train.tasks import TASKS, Task
+
+# A request under way may take as long as it is allowed to; connections that hang longer are cut.
+_GRACE = 10
+
+
+def serve(
+    adapters: list[str],
+    console: Console,
+    *,
+    base: str | None,
+    lora: str | None,
+    host: str,
+    port: int,
+    api_key: str | None,
+    task: str | None,
+    settings: dict[str, Any],
+    max_bytes: int,
+    allow_other_weights: bool,
+) -> None:
+    """Serves one base with its adapters until told to stop."""
+    check_free(host, port)
+    options = _settings(settings, task)
+    loaded = load_served(adapters, base=base, lora=lora, allow_other_weights=allow_other_weights)
+    service = LocalService(loaded.model, loaded.tokenizer, catalogue(loaded.adapters), options)
+    _run(service, console, host, port, api_key, max_bytes, options)
+
+
+def edge(
+    model: str,
+    console: Console,
+    *,
+    router: Path,
+    cloud: str | None,
+    cloud_model: str | None,
+    cloud_api_key: str | None,
+    cloud_seconds: float,
+    cloud_attempts: int,
+    breaker_failures: int,
+    breaker_seconds: float,
+    max_cloud_share: float | None,
+    min_accuracy: float | None,
+    never_escalate: bool,
+    host: str,
+    port: int,
+    api_key: str | None,
+    settings: dict[str, Any],
+    max_bytes: int,
+) -> None:
+    """Serves a detached shadow behind a router until told to stop."""
+    check_free(host, port)
+    chosen = load_router(router)
+    if max_cloud_share is not None or min_accuracy is not None:
+        chosen = chosen.with_target(max_cloud_share=max_cloud_share, min_accuracy=min_accuracy)
+    if cloud is None and not never_escalate:
+        raise ConfigError("name the cloud's address with --cloud URL, or switch it off with --never-escalate")
+    options = _settings(settings, chosen.task)
+    local = edge_service(load_edge(model), options)
+    asked = None
+    if cloud is not None and not never_escalate:
+        if cloud_model is None:
+            raise ConfigError("name the attached model with --cloud-model, as the cloud's /v1/models lists it")
+        asked = Cloud(
+            CloudSettings(
+                url=cloud,
+                model=cloud_model,
+                api_key=cloud_api_key,
+                total_seconds=cloud_seconds,
+                max_attempts=cloud_attempts,
+            ),
+            local.metrics,
+            breaker=CircuitBreaker(max_failures=breaker_failures, open_seconds=breaker_seconds),
+        )
+    console.print(_expectation(chosen))
+    service = EdgeService(local, chosen, asked, never_escalate=never_escalate)
+    _run(service, console, host, port, api_key, max_bytes, options)
+
+
+def edge_service(loaded: Loaded, settings: Settings) -> LocalService:
+    """A device's own model, under one name."""
+    entry = Entry(name=EDGE_NAME, mode="edge", path=ModelPath(adapter=None, uses_base=True))
+    return LocalService(loaded.model, loaded.tokenizer, {EDGE_NAME: entry}, settings)
+
+
+def calibrate(
+    adapter: str,
+    console: Console,
+    *,
+    output: Path,
+    task: str,
+    data: str | None,
+    split: str,
+    extra_rows: list[Path],
+    limit: int | None,
+    base: str | None,
+    score: str | None,
+    kind: str,
+    max_cloud_share: float | None,
+    min_accuracy: float | None,
+    batch_size: int,
+    allow_other_weights: bool,
+) -> Router:
+    """Fits a router on validation rows, prints what to expect of it and writes it."""
+    chosen = _task(task)
+    source = Path(data) if data else None
+    rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
+    skills = skills_of(chosen, load_rows(chosen, "train", source=source))
+    loaded = load_served([f"edge={adapter}"], base=base, allow_other_weights=allow_other_weights)
+    with console.status(f"asking both sides {len(rows)} rows"):
+        observed = observe(
+            loaded.model, loaded.tokenizer, chosen, rows, adapter="edge", skills=skills, batch_size=batch_size
+        )
+    router = fit_router(
+        observed.examples,
+        score=score,
+        kind=kind,
+        skills=skills,
+        task=task,
+        max_cloud_share=max_cloud_share,
+        min_accuracy=min_accuracy,
+    )
+    router.report["attached_auroc_in_scope"] = observed.cloud_auroc_in_scope()
+    save_router(router, output)
+    console.print(_scores_table(router))
+    console.print(_expectation(router))
+    console.print(f"router: {output}")
+    return router
+
+
+def rows_of(
+    task: Task, split: str, *, source: Path | None, extra: list[Path], limit: int | None, seed: int = 0
+) -> list[Row]:
+    """The rows of a split, and those of further files, such as requests out of scope."""
+    rows = load_rows(task, split, source=source, limit=limit, seed=seed)
+    for path in extra:
+        rows = rows + read_file(path)
+    return rows
+
+
+def _task(name: str) -> Task:
+    if name not in TASKS:
+        raise ConfigError(f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}")
+    return TASKS[name]
+
+
+def _settings(values: dict[str, Any], task: str | None) -> Settings:
+    for name in ("max_batch", "max_waiting", "max_new_tokens"):
+        if values.get(name, 1) < 1:
+            raise ConfigError(f"{name}={values[name]} is not valid: expected at least 1")
+    if values.get("request_seconds", 1.0) <= 0:
+        raise ConfigError(f"request_seconds={values['request_seconds']} is not valid: expected more than 0")
+    return Settings(**values, task=task_or_none(task))
+
+
+def _run(
+    service: Service, console: Console, host: str, port: int, api_key: str | None, max_bytes: int, settings: Settings
+) -> None:
+    app = create_app(service, api_key=api_key, max_bytes=max_bytes)
+    console.print(f"serving {', '.join(service.model_names())} at http://{host}:{port}", soft_wrap=True)
+    run_app(app, host=host, port=port, grace_seconds=int(settings.request_seconds) + _GRACE)
+    console.print("stopped; every request was answered")
+
+
+def _expectation(router: Router) -> str:
+    point = router.point
+    low, high = point.cloud_share_interval
+    worst, best = point.accuracy_interval
+    normal = "" if point.normal_cloud_share is None else f", {point.normal_cloud_share:.1%} of those in scope"
+    return (
+        f"threshold {point.threshold:.4f} on {router.score}: expect {point.cloud_share:.1%} of requests in the cloud "
+        f"(95% interval {low:.1%} to {high:.1%}{normal}) and accuracy {point.accuracy:.2%} ({worst:.2%} to {best:.2%})"
+    )
+
+
+def _scores_table(router: Router) -> Table:
+    table = Table(title=f"confidence scores on {len(router.examples)} validation rows")
+    for heading in ("score", "AUROC right/wrong", "AUROC in/out of scope", "ECE raw", "ECE calibrated"):
+        table.add_column(heading)
+    for name, values in router.report.items():
+        if name == "attached_auroc_in_scope":
+            continue
+        cells = [values[key] for key in ("auroc", "auroc_in_scope", "ece_raw", "ece")]
+        mark = " *" if name == router.score else ""
+        table.add_row(name + mark, *("-" if cell is None else f"{cell:.3f}" for cell in cells))
+    return table
+
+
+def system_eval(
+    config: SystemConfig,
+    console: Console,
+    *,
+    task: str,
+    data: str | None,
+    split: str,
+    extra_rows: list[Path],
+    limit: int | None,
+) -> dict[str, Any]:
+    """Replays rows through edge, router and cloud and through the cloud alone; writes a report."""
+    chosen = _task(task)
+    rows = rows_of(chosen, split, source=Path(data) if data else None, extra=extra_rows, limit=limit)
+    figures = run_system(config, chosen, rows, tell=console.print)
+    write_report(figures, config.output)
+    console.print((config.output / "system.md").read_text(encoding="utf-8"), markup=False, soft_wrap=True)
+    return figures

@@ -1,0 +1,1 @@
+"""Edge, router and cloud as one system of processes, measured against the cloud alone."""

@@ -1,0 +1,166 @@
+"""The whole measurement: start the processes, replay the rows, put the figures together."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shadowpeft.deploy.route.artefact import load_router
+from shadowpeft.deploy.route.calibrate import headline, is_out_of_scope
+from shadowpeft.deploy.serve.loading import load_served
+from shadowpeft.deploy.system_eval.figures import routers_on_test, scope_detection, system_figures
+from shadowpeft.deploy.system_eval.link import Link, running_link
+from shadowpeft.deploy.system_eval.processes import HOST, running_server
+from shadowpeft.deploy.system_eval.replay import Prompt, Replay, replay
+from shadowpeft.errors import ConfigError, DataError
+from shadowpeft.evaluate.record import data_revision
+from shadowpeft.model import ShadowModel
+from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.train.answers import Row
+from shadowpeft.train.data import all_prompt_ids, uses_chat
+from shadowpeft.train.tasks import Task
+
+CLOUD_NAME = "cloud"
+_WARM_UP = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemConfig:
+    """One measurement.
+
+    Attributes:
+        adapter: folder of the trained adapter; attached in the cloud, detached on the edge.
+        router: file of ``shadowpeft calibrate``.
+        output: folder for the detached shadow and the report.
+        base: if not the one that the adapter names.
+        lora: a peft adapter of the same base, for comparison.
+        round_trip_ms, megabits: of the link in front of the cloud; megabits None: unlimited.
+        concurrency: requests under way at a time.
+        max_cloud_share, min_accuracy: another operating point than the router's own.
+        max_tokens: of an answer; None: the task's.
+    """
+
+    adapter: str
+    router: Path
+    output: Path
+    base: str | None = None
+    lora: str | None = None
+    round_trip_ms: float = 50.0
+    megabits: float | None = None
+    concurrency: int = 1
+    max_cloud_share: float | None = None
+    min_accuracy: float | None = None
+    max_tokens: int | None = None
+
+
+def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[str], None] = print) -> dict[str, Any]:
+    """All figures, as one record.
+
+    Raises:
+        ShadowPeftError: nothing to replay, or a server that does not start or answer.
+    """
+    if not rows:
+        raise DataError(f"there are no rows of task {task.name!r} to replay")
+    router = load_router(config.router)
+    if router.task not in (None, task.name):
+        raise ConfigError(f"the router was calibrated on task {router.task!r}, not {task.name!r}; calibrate again")
+    if config.max_cloud_share is not None or config.min_accuracy is not None:
+        router = router.with_target(max_cloud_share=config.max_cloud_share, min_accuracy=config.min_accuracy)
+    tell("detaching the shadow")
+    edge_folder, prompts = _prepare(config, task, rows)
+    replays, num_bytes, cloud_logprobs = _replay_all(config, task, prompts, edge_folder, tell)
+    out = [is_out_of_scope(task, row) for row in rows]
+    right = {name: _right(task, one, rows) for name, one in replays.items()}
+    systems = {
+        name: system_figures(one, right[name], out, num_bytes.get(name)) for name, one in replays.items()
+    }
+    for name in systems:
+        systems[name]["time_against_attached"] = systems[name]["seconds"] / systems["attached"]["seconds"]
+    scores = [reply.info["scores"] for reply in replays["edge only"].replies]
+    return {
+        "task": task.name,
+        "num_rows": len(rows),
+        "num_out_of_scope": sum(out),
+        "rows_revision": data_revision(rows),
+        "link": {"round_trip_ms": config.round_trip_ms, "megabits": config.megabits},
+        "concurrency": config.concurrency,
+        "expected": router.point.to_dict(),
+        "score": router.score,
+        "systems": systems,
+        "routers": routers_on_test(scores, right["edge only"], right["attached"]),
+        "scope_detection": scope_detection(scores, cloud_logprobs, out),
+    }
+
+
+def _right(task: Task, one: Replay, rows: Sequence[Row]) -> list[float]:
+    return [headline(task, reply.text, row) for reply, row in zip(one.replies, rows, strict=True)]
+
+
+def _prepare(config: SystemConfig, task: Task, rows: Sequence[Row]) -> tuple[Path, list[Prompt]]:
+    """Writes the detached shadow; prompts as texts, or as ids where a chat template made them."""
+    loaded = load_served([f"{CLOUD_NAME}={config.adapter}"], base=config.base)
+    assert isinstance(loaded.model, ShadowModel)
+    folder = config.output / "edge"
+    loaded.model.detach().save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+    if uses_chat(loaded.tokenizer):
+        return folder, list(all_prompt_ids(task, loaded.tokenizer, rows))
+    return folder, [task.prompt(row) for row in rows]
+
+
+def _replay_all(
+    config: SystemConfig, task: Task, prompts: list[Prompt], edge_folder: Path, tell: Callable[[str], None]
+) -> tuple[dict[str, Replay], dict[str, dict[str, int]], list[list[float]]]:
+    """(replay of each system, bytes on its link, log-probabilities of the attached model's tokens)."""
+    max_tokens = config.max_tokens or task.max_new_tokens
+    options = {"max_tokens": max_tokens, "concurrency": config.concurrency}
+    replays: dict[str, Replay] = {}
+    num_bytes: dict[str, dict[str, int]] = {}
+
+    def measure(name: str, url: str, model: str, link: Link | None) -> None:
+        tell(f"replaying {len(prompts)} rows: {name}")
+        replay(url, model, prompts[:_WARM_UP], **options)
+        before = dict(link.num_bytes) if link else {}
+        replays[name] = replay(url, model, prompts, **options)
+        if link is not None:
+            num_bytes[name] = {way: count - before[way] for way, count in link.num_bytes.items()}
+
+    base = [] if config.base is None else ["--base", config.base]
+    with _behind_link(config, ["serve", f"{CLOUD_NAME}={config.adapter}", *base]) as (direct, url, link):
+        measure("attached", url, CLOUD_NAME, link)
+        tell("asking the attached model for its probabilities")
+        probing = {**options, "concurrency": 8, "with_logprobs": True}
+        logprobs = [reply.logprobs or [0.0] for reply in replay(direct, CLOUD_NAME, prompts, **probing).replies]
+        with running_server(_edge_arguments(config, edge_folder, url)) as edge:
+            measure("edge only", edge.url, "edge:local", None)
+            measure("edge and cloud", edge.url, "edge", link)
+    if config.lora is not None:
+        lora = ["serve", "--base", _base_name(config), "--lora", config.lora]
+        with _behind_link(config, lora) as (_, url, link):
+            measure("LoRA, merged", url, "base", link)
+    return replays, num_bytes, logprobs
+
+
+@contextlib.contextmanager
+def _behind_link(config: SystemConfig, arguments: list[str]) -> Iterator[tuple[str, str, Link]]:
+    """(address without the link, address behind it, the link) of a server."""
+    with running_server(arguments) as server:
+        link = Link(server.port, round_trip_ms=config.round_trip_ms, megabits=config.megabits)
+        with running_link(link) as port:
+            yield server.url, f"http://{HOST}:{port}", link
+
+
+def _edge_arguments(config: SystemConfig, folder: Path, cloud: str) -> list[str]:
+    target = []
+    if config.max_cloud_share is not None:
+        target = ["--max-cloud-share", str(config.max_cloud_share)]
+    if config.min_accuracy is not None:
+        target = ["--min-accuracy", str(config.min_accuracy)]
+    place = ["--router", str(config.router), "--cloud", cloud, "--cloud-model", CLOUD_NAME]
+    return ["edge", str(folder), *place, "--cloud-seconds", "60", *target]
+
+
+def _base_name(config: SystemConfig) -> str:
+    return config.base or checkpoints.read_config(checkpoints.find_folder(config.adapter))["base"]["name_or_path"]
+

@@ -1,0 +1,269 @@
+"""The edge in front of clouds that answer, refuse, lie, stall and die."""
+
+import asyncio
+import contextlib
+import json
+import socket
+import threading
+
+import httpx
+import openai
+import pytest
+import torch
+
+from deploy.running import free_port, running
+from deploy.tiny import byte_tokenizer, shadow_model
+from shadowpeft.deploy.route.artefact import Router
+from shadowpeft.deploy.route.breaker import CircuitBreaker
+from shadowpeft.deploy.route.calibrate import observe, skills_of
+from shadowpeft.deploy.route.calibration import Temperature
+from shadowpeft.deploy.route.cloud import Cloud, CloudError, CloudSettings
+from shadowpeft.deploy.route.operating import ALL_TO_CLOUD, Example, OperatingPoint
+from shadowpeft.deploy.route.scores import SCORES
+from shadowpeft.deploy.route.service import EdgeService
+from shadowpeft.deploy.serve.app import create_app
+from shadowpeft.deploy.serve.catalogue import catalogue
+from shadowpeft.deploy.serve.loading import Loaded
+from shadowpeft.deploy.serve.metrics import Metrics
+from shadowpeft.deploy.serve.protocol import ChatRequest, parse
+from shadowpeft.deploy.serve.service import LocalService, Settings
+from shadowpeft.deploy.server_commands import edge_service
+from shadowpeft.train.tasks import TASKS
+
+MODEL, TOKENIZER = shadow_model(), byte_tokenizer()
+DETACHED = MODEL.detach("robot")
+ASKED = {"model": "edge", "messages": [{"role": "user", "content": "Sit"}], "max_tokens": 8}
+EXAMPLES = tuple(
+    Example(scores=dict.fromkeys(SCORES, -0.5 * i), edge=float(i % 2), cloud=1.0, reason=None, is_out_of_scope=False)
+    for i in range(6)
+)
+
+
+def router(threshold=0.5, skills=None):
+    point = OperatingPoint(
+        threshold=threshold,
+        cloud_share=0.5,
+        cloud_share_interval=(0.4, 0.6),
+        normal_cloud_share=None,
+        accuracy=0.9,
+        accuracy_interval=(0.8, 1.0),
+    )
+    return Router(
+        score="min_logprob",
+        calibration=Temperature(temperature=1.0),
+        skills=skills,
+        task=None,
+        point=point,
+        examples=EXAMPLES,
+        report={},
+    )
+
+
+@contextlib.contextmanager
+def edge(url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, **options):
+    local = edge_service(Loaded(model=DETACHED, tokenizer=TOKENIZER, adapters=[]), Settings(temperature=0.0))
+    settings = {"total_seconds": 3.0, "max_attempts": 2, "first_pause": 0.01} | options
+    breaker = CircuitBreaker(max_failures=settings.pop("max_failures", 50), open_seconds=60)
+    cloud = None
+    if url is not None:
+        cloud = Cloud(CloudSettings(url=url, model="robot", **settings), local.metrics, breaker=breaker)
+    service = EdgeService(local, router(threshold, skills), cloud, never_escalate=never)
+    with running(create_app(service)) as address:
+        yield address, service
+
+
+@contextlib.contextmanager
+def scripted(*replies):
+    """A cloud that gives raw HTTP replies in turn (the last for ever); ``None`` closes, a number waits."""
+    taken, stop = [], threading.Event()
+
+    def answer(listener):
+        while not stop.is_set():
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.recv(65536)
+                reply = replies[min(len(taken), len(replies) - 1)]
+                taken.append(reply)
+                if isinstance(reply, float):
+                    stop.wait(reply)
+                elif reply is not None:
+                    connection.sendall(reply)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer, args=(listener,), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", taken
+        stop.set()
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def http(body, status=200):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return b"HTTP/1.1 %d X\r\ncontent-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n%s" % (
+        status,
+        len(data),
+        data,
+    )
+
+
+def said(text):
+    choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+    return http({"choices": [choice], "usage": {"completion_tokens": 3, "prompt_tokens": 4, "total_tokens": 7}})
+
+
+def ask(address, **changes):
+    answer = httpx.post(f"{address}/v1/chat/completions", json=ASKED | changes, timeout=30)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def text_of(answer):
+    return answer["choices"][0]["message"]["content"]
+
+
+@pytest.fixture(scope="module")
+def edge_text():
+    with edge(threshold=0.0) as (address, _):
+        return text_of(ask(address))
+
+
+def test_a_confident_answer_stays_on_the_edge_and_says_how_sure_it_is():
+    with scripted(said("never")) as (url, taken), edge(url, threshold=0.0) as (address, service):
+        answer = ask(address)
+        assert answer["shadow"]["answered_by"] == "edge" and answer["shadow"]["reason"] == "confident"
+        assert 0 < answer["shadow"]["confidence"] <= 1 and not answer["shadow"]["degraded"]
+        assert not taken and service.metrics.value("routed_total", answered_by="edge", reason="confident") == 1
+
+
+def test_an_unsure_answer_comes_from_a_real_cloud_batched_with_others():
+    server = LocalService(MODEL, TOKENIZER, catalogue(MODEL.networks), Settings(temperature=0.0))
+    with running(create_app(server)) as url, edge(url) as (address, service):
+        direct = ask(url, model="robot")
+        answer = ask(address)
+        assert text_of(answer) == text_of(direct) and answer["usage"] == direct["usage"]
+        assert answer["shadow"]["answered_by"] == "cloud" and answer["shadow"]["reason"] == "low_confidence"
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="x") as client:
+            chunks = list(client.chat.completions.create(**ASKED, stream=True))
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        assert streamed == text_of(direct) and chunks[-1].shadow["answered_by"] == "cloud"
+        assert service.describe()["seen"] == {"answers": 2, "cloud": 2, "degraded": 0, "escalated": 2}
+
+
+def test_what_is_no_skill_goes_to_the_cloud_however_sure_the_edge_is():
+    with scripted(said("sit()")) as (url, _), edge(url, threshold=0.0, skills=("sit",)) as (address, _):
+        answer = ask(address)
+        assert text_of(answer) == "sit()" and answer["shadow"]["reason"] == "no_call"
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (None, "down"),
+        (5.0, "late"),
+        (http({"error": {}}, 500), "failed"),
+        (http({"error": {}}, 429), "failed"),
+        (http({"error": {}}, 400), "refused"),
+        (http(b"\xff\x00 rubbish"), "wrong"),
+        (http({"choices": []}), "wrong"),
+        (http([1]), "wrong"),
+        (said("I am no skill"), "wrong"),
+        (b"\x00\x01\x02 no http at all", "down"),
+    ],
+)
+def test_a_cloud_that_is_down_slow_or_wrong_leaves_the_edge_answer_flagged(reply, kind, edge_text):
+    options = {"total_seconds": 0.6} if kind == "late" else {}
+    with scripted(reply) as (url, taken), edge(url, skills=("sit",), **options) as (address, service):
+        answer = ask(address)
+        assert text_of(answer) == edge_text
+        assert answer["shadow"]["degraded"] and answer["shadow"]["answered_by"] == "edge"
+        assert answer["shadow"]["cloud_error"] == kind
+        attempts = 1 if kind in ("refused", "late") else 2
+        assert len(taken) == attempts
+        assert service.metrics.value("cloud_attempts_total", outcome=kind) == attempts
+        assert service.metrics.value("degraded_total") == 1
+        assert service.describe()["seen"]["escalated"] == 1
+
+
+def test_a_cloud_that_recovers_between_attempts_is_used():
+    with scripted(None, said("sit()")) as (url, _), edge(url) as (address, service):
+        answer = ask(address)
+        assert text_of(answer) == "sit()" and answer["shadow"]["attempts"] == 2 and not answer["shadow"]["degraded"]
+        assert service.metrics.value("cloud_attempts_total", outcome="answered") == 1
+
+
+def test_an_open_breaker_answers_at_once_without_asking():
+    with edge(f"http://127.0.0.1:{free_port()}", max_failures=3) as (address, service):
+        kinds = [ask(address)["shadow"]["cloud_error"] for _ in range(4)]
+        assert kinds == ["down", "breaker_open", "breaker_open", "breaker_open"]
+        assert service.metrics.value("cloud_attempts_total", outcome="down") == 3
+        assert service.metrics.value("breaker_open") == 1 and service.describe()["breaker_open"]
+
+
+def test_nothing_leaves_the_device_under_the_privacy_switch(edge_text):
+    with scripted(said("never")) as (url, taken), edge(url, never=True) as (address, _):
+        answer = ask(address)
+        assert text_of(answer) == edge_text and answer["shadow"]["kept_private"] and not answer["shadow"]["degraded"]
+        assert not taken
+    with scripted(said("never")) as (url, taken), edge(url) as (address, _):
+        assert text_of(ask(address, model="edge:local")) == edge_text and not taken
+
+
+def test_counters_are_exact_under_load():
+    replies = [said("sit()"), None] * 40
+    with scripted(*replies) as (url, _), edge(url, max_attempts=1) as (address, service):
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(ask(address))) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        degraded = sum(answer["shadow"]["degraded"] for answer in answers)
+        assert len(answers) == 24 and len({answer["id"] for answer in answers}) == 24 and 0 < degraded < 24
+        seen = service.describe()["seen"]
+        assert seen == {"answers": 24, "cloud": 24 - degraded, "edge": degraded, "degraded": degraded, "escalated": 24}
+        attempts = [service.metrics.value("cloud_attempts_total", outcome=kind) for kind in ("answered", "down")]
+        assert attempts == [24 - degraded, degraded] and service.metrics.value("degraded_total") == degraded
+
+
+@pytest.mark.parametrize("changes", [{"n": 2}, {"logprobs": True}, {"model": "robot"}])
+def test_what_a_router_cannot_do_is_refused(changes):
+    with edge(threshold=0.0) as (address, _):
+        answer = httpx.post(f"{address}/v1/chat/completions", json=ASKED | changes)
+        assert answer.status_code in (400, 404) and answer.json()["error"]["message"]
+
+
+def test_pauses_between_attempts_grow_and_end_with_the_time():
+    pauses = []
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    async def run():
+        settings = CloudSettings(url="http://127.0.0.1:1", model="m", max_attempts=5, first_pause=0.1, max_pause=0.5)
+        transport = httpx.MockTransport(lambda request: httpx.Response(503))
+        cloud = Cloud(settings, Metrics(), transport=transport, sleep=sleep)
+        with pytest.raises(CloudError, match="status 503"):
+            await cloud.ask(parse(ChatRequest, json.dumps(ASKED).encode()), lambda text: True)
+        await cloud.close()
+
+    asyncio.run(run())
+    assert len(pauses) == 4
+    for pause, longest in zip(pauses, (0.1, 0.2, 0.4, 0.5), strict=True):
+        assert longest / 2 <= pause <= longest
+
+
+def test_both_sides_are_observed_with_the_tokens_that_generate_gives():
+    rows = [{"text": f"go {i}", "intent": "sit" if i else "[REMOTE]"} for i in range(5)]
+    task = TASKS["robot"]
+    skills = skills_of(task, rows)
+    assert skills == ("sit",)
+    observed = observe(MODEL, TOKENIZER, task, rows, adapter="robot", skills=skills, batch_size=2)
+    assert [example.is_out_of_scope for example in observed.examples] == [True, *[False] * 4]
+    ids = torch.tensor([[1, *TOKENIZER(task.prompt(rows[3]))["input_ids"]]])
+    first = DETACHED(ids).logits[0, -1].log_softmax(-1).max()
+    assert observed.examples[3].scores["first_logprob"] == pytest.approx(float(first))
+    assert set(observed.cloud_auroc_in_scope()) == set(SCORES)

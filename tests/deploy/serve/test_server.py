@@ -1,0 +1,329 @@
+"""The server as clients see it: the official client, raw sockets, and everything that a client can do wrong."""
+
+import json
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.running import running
+from deploy.tiny import byte_tokenizer, shadow_model
+from shadowpeft.deploy.serve.app import create_app
+from shadowpeft.deploy.serve.catalogue import catalogue
+from shadowpeft.deploy.serve.service import LocalService, Settings
+
+TOKENIZER = byte_tokenizer()
+MODEL = shadow_model()
+KEY = "a-key"
+
+
+def local_service(**settings):
+    options = {"max_new_tokens": 12, "temperature": 0.0} | settings
+    return LocalService(MODEL, TOKENIZER, catalogue(MODEL.networks), Settings(**options))
+
+
+@pytest.fixture(scope="module")
+def service():
+    return local_service()
+
+
+@pytest.fixture(scope="module")
+def address(service):
+    with running(create_app(service, api_key=KEY, max_bytes=20_000, body_seconds=1.0)) as url:
+        yield url
+
+
+@pytest.fixture
+def client(address):
+    with openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def raw(address):
+    with httpx.Client(base_url=address, headers={"authorization": f"Bearer {KEY}"}, timeout=30) as made:
+        yield made
+
+
+@torch.no_grad()
+def expected_text(prompt, name="robot", length=12, **options):
+    ids = torch.tensor([[1, *TOKENIZER(prompt)["input_ids"]]])
+    new = []
+    adapter, _, mode = name.partition(":")
+    asked = MODEL.detach(adapter) if mode == "detached" else MODEL
+    chosen = {} if mode == "detached" else {"adapter": "__base__" if name == "base" else adapter}
+    while len(new) < length and (not new or new[-1] != 2):
+        new.append(int(asked(ids, use_cache=False, **chosen).logits[0, -1].argmax()))
+        ids = torch.cat([ids, torch.tensor([[new[-1]]])], 1)
+    return TOKENIZER.decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+# ---------------------------------------------------------------- the official client
+
+
+@pytest.mark.parametrize("name", ["robot", "home", "robot:attached", "home:detached", "base"])
+def test_the_official_client_gets_the_greedy_answer_of_the_model_it_names(client, name):
+    answer = client.completions.create(model=name, prompt="Sit down", max_tokens=12)
+    assert answer.choices[0].text == expected_text("Sit down", name)
+    assert answer.usage.prompt_tokens == 9 and answer.usage.total_tokens == 9 + answer.usage.completion_tokens
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+def test_a_stream_says_what_the_whole_answer_says(client):
+    asked = {"model": "robot", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 15}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert chunks[-2].shadow["answered_by"] == whole.shadow["answered_by"] == "server"
+
+
+def test_a_chat_without_template_is_a_transcript(client):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+    ]
+    answer = client.chat.completions.create(model="base", messages=messages)
+    said = expected_text("System: Be brief.\nUser: Hi\nAssistant:", "base")
+    assert answer.choices[0].message.content == said.lstrip()
+
+
+def test_models_are_listed_and_found(client):
+    names = [model.id for model in client.models.list()]
+    assert names[:2] == ["robot", "home"] and "home:speculative" in names and names[-1] == "base"
+    assert client.models.retrieve("robot:detached").id == "robot:detached"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+
+
+def test_logprobs_are_those_of_the_model(client):
+    answer = client.chat.completions.create(
+        model="robot", messages=[{"role": "user", "content": "x"}], logprobs=True, top_logprobs=3, max_tokens=4
+    )
+    first = answer.choices[0].logprobs.content[0]
+    ids = torch.tensor([[1, *TOKENIZER("User: x\nAssistant:")["input_ids"]]])
+    best = MODEL(ids, adapter="robot").logits[0, -1].log_softmax(-1).topk(3).values.tolist()
+    assert [top.logprob for top in first.top_logprobs] == pytest.approx(best)
+    assert first.logprob == pytest.approx(best[0]) and len(answer.choices[0].logprobs.content) == 4
+    plain = client.completions.create(model="robot", prompt="x", logprobs=2, max_tokens=3)
+    assert len(plain.choices[0].logprobs.token_logprobs) == 3
+    assert all(len(top) <= 2 for top in plain.choices[0].logprobs.top_logprobs)
+
+
+def test_a_seed_repeats_an_answer_and_choices_differ(client):
+    asked = {"model": "home", "prompt": "Once", "temperature": 1.5, "top_p": 0.95, "max_tokens": 20}
+    first = client.completions.create(**asked, seed=7, n=3)
+    again = client.completions.create(**asked, seed=7, n=3)
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices] and len(set(texts)) == 3
+    assert [choice.index for choice in first.choices] == [0, 1, 2]
+
+
+def test_several_prompts_and_token_ids_are_answered_in_order(client):
+    ids = [1, *TOKENIZER("two")["input_ids"]]
+    texts = client.completions.create(model="robot", prompt=["one", "two"]).choices
+    assert [choice.text for choice in texts] == [expected_text("one"), expected_text("two")]
+    assert client.completions.create(model="robot", prompt=ids).choices[0].text == texts[1].text
+
+
+def test_an_answer_ends_in_front_of_a_stop_sequence(client):
+    whole = expected_text("Tell me", length=40)
+    stop = whole[5:7]
+    for stream in (False, True):
+        got = client.completions.create(
+            model="robot", prompt="Tell me", max_tokens=40, stop=[stop, "\0\0"], stream=stream
+        )
+        if stream:
+            chunks = list(got)
+            text, reason = "".join(c.choices[0].text for c in chunks), chunks[-1].choices[0].finish_reason
+        else:
+            text, reason = got.choices[0].text, got.choices[0].finish_reason
+        assert text == whole[: whole.index(stop)] and reason == "stop"
+
+
+def test_answers_that_are_asked_for_together_are_decoded_together(service, client):
+    before = service.metrics.value("batch_rows_bucket", le="1.0"), service.metrics.value("batch_rows_count")
+    names, texts = ["robot", "home", "base", "home:detached"], {}
+
+    def ask(i):
+        name, prompt = names[i % 4], f"number {i}"
+        texts[i] = client.completions.create(model=name, prompt=prompt, max_tokens=30).choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == {i: expected_text(f"number {i}", names[i % 4], 30) for i in range(12)}
+    steps = service.metrics.value("batch_rows_count") - before[1]
+    assert steps < 12 * 29 / 2
+
+
+# ---------------------------------------------------------------- what clients do wrong
+
+
+CHAT = {"model": "robot", "messages": [{"role": "user", "content": "x"}]}
+WRONG = {
+    "not JSON": (b'{"model": ', 400),
+    "binary rubbish": (bytes(range(256)), 400),
+    "no object": (b"[1, 2]", 400),
+    "nothing": (b"", 400),
+    "deep nesting": (b'{"a":' * 3000, 400),
+    "an unknown model": ({**CHAT, "model": "gpt"}, 404),
+    "no messages": ({"model": "robot"}, 400),
+    "empty messages": ({**CHAT, "messages": []}, 400),
+    "negative max_tokens": ({**CHAT, "max_tokens": -1}, 400),
+    "zero max_tokens": ({**CHAT, "max_tokens": 0}, 400),
+    "max_tokens as text": ({**CHAT, "max_tokens": "many"}, 400),
+    "more than fits": ({**CHAT, "max_tokens": 100_000}, 400),
+    "a prompt over the context": ({**CHAT, "messages": [{"role": "user", "content": "x" * 300}]}, 400),
+    "temperature": ({**CHAT, "temperature": 3}, 400),
+    "temperature that is no number": (
+        b'{"model":"robot","messages":[{"role":"user","content":"x"}],"temperature":NaN}',
+        400,
+    ),
+    "a field nobody knows": ({**CHAT, "temprature": 1}, 400),
+    "tools": ({**CHAT, "tools": [{"type": "function"}]}, 400),
+    "half a character": (b'{"model":"robot","messages":[{"role":"user","content":"\\ud800"}]}', 400),
+    "an empty stop": ({**CHAT, "stop": [""]}, 400),
+    "too many choices": ({**CHAT, "n": 1000}, 400),
+    "a body over the limit": ({**CHAT, "user": "x" * 30_000}, 413),
+    "an image": ({**CHAT, "messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_bad_input_gets_a_status_and_openais_error_and_the_server_lives(raw, what):
+    body, status = WRONG[what]
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    answer = raw.post("/v1/chat/completions", content=content)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert error["message"] and error["type"] and {"param", "code"} <= error.keys()
+    assert raw.get("/healthz").json() == {"status": "ok"}
+
+
+def test_a_token_id_outside_the_vocabulary_is_refused(raw):
+    answer = raw.post("/v1/completions", json={"model": "robot", "prompt": [5, 259]})
+    assert answer.status_code == 400 and "0 to 258" in answer.json()["error"]["message"]
+
+
+def test_wrong_paths_and_methods_answer_in_the_same_shape(raw):
+    assert raw.get("/v1/nothing").json()["error"]["type"] == "not_found_error"
+    assert raw.get("/v1/completions").status_code == 405
+
+
+def test_a_missing_or_wrong_key_is_refused_but_health_is_open(address):
+    for headers in ({}, {"authorization": "Bearer other"}):
+        answer = httpx.get(f"{address}/v1/models", headers=headers)
+        assert answer.status_code == 401 and answer.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{address}/healthz").status_code == 200
+
+
+def test_a_client_that_sends_its_body_too_slowly_is_told_so(address):
+    host, port = address.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{"
+    with socket.create_connection((host, int(port)), timeout=10) as slow:
+        slow.sendall(head.encode())
+        assert b" 408 " in slow.recv(1000).splitlines()[0]
+
+
+def test_binary_rubbish_on_the_socket_does_no_harm(address, raw):
+    host, port = address.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as rubbish:
+        rubbish.sendall(bytes(range(256)) * 4)
+        rubbish.recv(1000)
+    assert raw.get("/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(service, address, stream):
+    before = service.metrics.value("cancelled_total")
+    asked = {"model": "robot", "prompt": "x", "max_tokens": 250, "stream": stream, "temperature": 1.0}
+    host, port = address.removeprefix("http://").split(":")
+    body = json.dumps(asked)
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
+    head += f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=10) as leaving:
+        leaving.sendall((head + body).encode())
+        if stream:
+            leaving.recv(100)
+        else:
+            time.sleep(0.05)
+    deadline = time.monotonic() + 10
+    while service.metrics.value("cancelled_total") == before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert service.metrics.value("cancelled_total") == before + 1
+
+
+def test_too_many_requests_are_refused_with_a_time_to_come_back():
+    crowded = local_service(max_batch=1, max_waiting=1)
+    with running(create_app(crowded)) as url:
+        asked = {"model": "base", "prompt": ["a"] * 5}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=30)
+        assert answer.status_code == 429 and answer.headers["retry-after"]
+        assert answer.json()["error"]["type"] == "rate_limit_error"
+        assert httpx.post(f"{url}/v1/completions", json={**asked, "prompt": "a"}, timeout=30).status_code == 200
+
+
+def test_an_answer_that_takes_too_long_is_a_gateway_timeout():
+    hasty = local_service(request_seconds=0.02)
+    with running(create_app(hasty)) as url:
+        asked = {"model": "robot", "prompt": "a", "max_tokens": 250, "temperature": 1.0}
+        assert httpx.post(f"{url}/v1/completions", json=asked, timeout=30).status_code == 504
+
+
+def test_going_down_finishes_the_answers_that_run():
+    leaving = local_service()
+    got = []
+    with running(create_app(leaving)) as url:
+        asked = {"model": "robot", "prompt": "a", "max_tokens": 200, "temperature": 1.0, "seed": 1, "stop": "\0\0"}
+        threads = [
+            threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/completions", json=asked, timeout=60)))
+            for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        while leaving.metrics.value("batch_rows_count") == 0:
+            time.sleep(0.005)
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in got] == [200] * 3
+    assert leaving.health() is not None
+
+
+def test_speculation_is_offered_or_refused_with_a_reason(raw):
+    from shadowpeft.deploy.serve import speculation
+
+    answer = raw.post("/v1/chat/completions", json={**CHAT, "model": "robot:speculative"})
+    if speculation.is_available():
+        assert answer.status_code == 200 and answer.json()["shadow"]["drafted"] >= 0
+    else:
+        assert answer.status_code == 501 and "not available" in answer.json()["error"]["message"]
+
+
+# ---------------------------------------------------------------- what operators see
+
+
+def test_metrics_are_prometheus_text_and_count_exactly(raw, service):
+    names = {"prompt": service.metrics.value("prompt_tokens_total", model="home")}
+    names["new"] = service.metrics.value("new_tokens_total", model="home")
+    usage = raw.post("/v1/completions", json={"model": "home", "prompt": "abc", "max_tokens": 5}).json()["usage"]
+    text = raw.get("/metrics").text
+    families = {family.name for family in text_string_to_metric_families(text)}
+    assert {"shadowpeft_requests", "shadowpeft_running_rows", "shadowpeft_request_seconds"} <= families
+    assert service.metrics.value("prompt_tokens_total", model="home") == names["prompt"] + usage["prompt_tokens"]
+    assert service.metrics.value("new_tokens_total", model="home") == names["new"] + usage["completion_tokens"]
+    assert service.metrics.value("requests_total", route="/v1/chat/completions", status="404") >= 1
+
+
+def test_the_page_is_served_without_a_key(address):
+    page = httpx.get(address)
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")

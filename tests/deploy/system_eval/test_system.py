@@ -1,0 +1,114 @@
+"""The whole system on a tiny model: calibrate, serve, route, replay, report, by the command line."""
+
+import json
+import time
+
+import httpx
+import pytest
+from typer.testing import CliRunner
+
+from deploy.tiny import byte_tokenizer, shadow_model
+from shadowpeft.cli import app
+from shadowpeft.deploy.system_eval.figures import scope_detection
+from shadowpeft.deploy.system_eval.link import Link, running_link
+from shadowpeft.deploy.system_eval.processes import ProcessError, ServerProcess
+from shadowpeft.deploy.system_eval.replay import quantile
+from shadowpeft.errors import ConfigError
+
+ROWS = [{"text": f"do number {i}", "intent": "[REMOTE]" if i % 4 == 0 else "sit"} for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a base, an adapter and data."""
+    folder = tmp_path_factory.mktemp("system")
+    model = shadow_model(adapters=("robot",))
+    model.base.save_pretrained(folder / "base")
+    model.base.name_or_path = str(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    data = folder / "data"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        (folder / f"{split}.jsonl").rename(data / f"{split}.jsonl")
+    return folder
+
+
+def command(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_calibrating_and_measuring_the_whole_system_by_the_command_line(saved):
+    data = ["--task", "robot", "--data", saved / "data"]
+    router = saved / "router.json"
+    said = command("calibrate", saved / "adapter", "--output", router, *data, "--kind", "isotonic")
+    assert "threshold" in said and router.is_file()
+    options = ["--router", router, "--output", saved / "out", "--round-trip-ms", "20", "--max-tokens", "6"]
+    command("system-eval", saved / "adapter", *options, *data, "--limit", "8", "--concurrency", "2")
+    record = json.loads((saved / "out" / "system.json").read_text())
+    systems = record["systems"]
+    assert set(systems) == {"attached", "edge only", "edge and cloud"} and record["num_rows"] == 8
+    assert systems["attached"]["latency_ms"]["p50"] >= 20 and systems["attached"]["link_bytes"]["up"] > 8 * 100
+    # The random shadow calls no skill, so the grammar sends everything to the cloud.
+    assert systems["edge and cloud"]["escalated"] == 1 and systems["edge only"]["escalated"] == 0
+    assert systems["edge and cloud"]["degraded"] == systems["edge and cloud"]["escalated"] * 8
+    assert record["routers"]["random"]["area"] <= record["routers"]["oracle"]["area"]
+    assert "origin" in record and str(saved) not in json.dumps(record)
+    text = (saved / "out" / "system.md").read_text()
+    assert "edge and cloud" in text and "AUROC" in text
+    for name in ("deferral.png", "latency.png"):
+        assert (saved / "out" / name).stat().st_size > 5000
+
+
+def test_a_server_that_cannot_start_says_why(saved):
+    with pytest.raises(ProcessError, match=r"did not start: .*nothing-here"):
+        ServerProcess(["serve", str(saved / "nothing-here")]).start(60)
+
+
+def test_a_link_delays_counts_and_limits(monkeypatch):
+    import contextlib
+    import http.server
+    import threading
+
+    class Quiet(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = b"x" * 20_000
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.server_close)
+        stack.callback(server.shutdown)
+        link = Link(server.server_port, round_trip_ms=40, megabits=1.0)
+        port = stack.enter_context(running_link(link))
+        started = time.monotonic()
+        assert len(httpx.get(f"http://127.0.0.1:{port}", timeout=30).content) == 20_000
+        # Handshake and request: two round trips; 20,000 bytes at 1 Mbit/s: 160 ms.
+        assert time.monotonic() - started >= 0.08 + 0.16
+        assert link.num_bytes["down"] >= 20_000 and link.num_bytes["up"] > 50 and link.num_connections == 1
+    with pytest.raises(ConfigError, match="cannot be"):
+        Link(1, round_trip_ms=-1)
+
+
+def test_quantiles_interpolate():
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2 and quantile([0.0, 10.0], 0.95) == 9.5 and quantile([4.0], 0.99) == 4
+
+
+def test_scope_detection_names_the_usual_baseline():
+    from shadowpeft.deploy.route.scores import SCORES
+
+    scores = [dict.fromkeys(SCORES, -1.0), dict.fromkeys(SCORES, -0.1)]
+    table = scope_detection(scores, [[-0.5, -0.1], [-0.2, -2.0]], [True, False])
+    assert table["edge margin"] == 1 and table["attached maximum softmax probability"] == 1
+    assert table["attached sequence probability"] == 0
