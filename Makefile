@@ -10,7 +10,7 @@ demo: $(VENV)/.package
 	$(BIN)/shadowpeft demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
 
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(VENV)/.tests
 	$(BIN)/ruff check .
@@ -25,7 +25,7 @@ $(VENV)/.package: pyproject.toml
 
 # shadow-peft pins nothing we need; without --no-deps it would bring its training stack.
 $(VENV)/.tests: $(VENV)/.package
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,export,serve]'
 	$(PIP) --no-deps shadow-peft==0.1.1
 	touch $@
 

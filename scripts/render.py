@@ -52,7 +52,8 @@ def tasks_table() -> str:
 
 
 def parity_table() -> str:
-    rows = ["| peer | architectures | cases | logits | auxiliary loss | loss | gradients |", "|---|---|---:|---:|---:|---:|---:|"]
+    heading = "| peer | architectures | cases | logits | auxiliary loss | loss | gradients |"
+    rows = [heading, "|---|---|---:|---:|---:|---:|---:|"]
     found = result("parity")["rows"]
     for peer in dict.fromkeys(row["peer"] for row in found):
         of_peer = [row for row in found if row["peer"] == peer]
