@@ -18,7 +18,7 @@ class ShadowRun:
         initial: s(0), [B, T, d] (Eq. 1).
     """
 
-    __slots__ = ("network", "initial", "_needs_grad", "_states")
+    __slots__ = ("_needs_grad", "_states", "initial", "network")
 
     def __init__(self, network: ShadowNetwork, initial: Tensor) -> None:
         self.network = network

@@ -49,7 +49,7 @@ def update(s: Tensor, g: Tensor, t: Tensor) -> Tensor:
 
 
 class Injection(nn.Module):
-    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: at first the base is untouched."""
+    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: no correction at first."""
 
     def __init__(self, width: int, config: ShadowConfig) -> None:
         super().__init__()

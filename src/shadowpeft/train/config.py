@@ -28,6 +28,7 @@ class TrainConfig:
     batch_size: int = _field(16, "rows a device and forward pass")
     gradient_accumulation: int = _field(1, "forward passes an optimizer step")
     learning_rate: float = _field(3e-3, "peak learning rate of AdamW")
+    shadow_lr_multiplier: float = _field(1.0, "learning rate of the shadow backbone, as a multiple of the others'")
     schedule: str = _field("cosine", "learning-rate schedule, any of transformers'")
     warmup: float = _field(0.03, "share of the steps that warm up")
     weight_decay: float = _field(0.01, "decoupled weight decay")
@@ -53,6 +54,8 @@ class TrainConfig:
             raise ConfigError(f"epochs={self.epochs!r} is not valid: expected more than 0")
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate={self.learning_rate!r} is not valid: expected more than 0")
+        if self.shadow_lr_multiplier < 0:
+            raise ConfigError(f"shadow_lr_multiplier={self.shadow_lr_multiplier!r} is not valid: expected at least 0")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":

@@ -146,6 +146,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         arguments,
         train_dataset=prepared.examples,  # type: ignore[arg-type]
         data_collator=AnswerCollator(prepared.tokenizer),
+        shadow_lr_multiplier=config.shadow_lr_multiplier,
         callbacks=[
             stop,
             MetricLines(folder / "metrics.jsonl"),
