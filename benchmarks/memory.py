@@ -18,8 +18,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 from torch import Tensor, nn
 
@@ -100,7 +98,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        same = {r["row"]: r["kept_mb"] for r in rows if all(r[k] == row[k] for k in ("vocabulary", "labels", "dropout"))}
+        setting = ("vocabulary", "labels", "dropout")
+        same = {other["row"]: other["kept_mb"] for other in rows if all(other[k] == row[k] for k in setting)}
         ratios = [row["kept_mb"] / same[peer] if peer in same else None for peer in ("HF Shadow", "LoRA all linear")]
         shown = " | ".join("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
         dropout = "default" if row["dropout"] is None else f"{row['dropout']:g}"

@@ -45,16 +45,21 @@ class Shape:
         return self.rows * self.length
 
 
+_QWEN3 = {"num_kv_heads": 8, "head_dim": 128}
+_TINY = {"width": 64, "num_blocks": 4, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "mlp_width": 192}
+_SMALL = {"width": 1024, "num_heads": 16, "mlp_width": 3072}
+_LARGE = {"num_blocks": 36, "num_heads": 32, "update_hidden": 8}
+_LONG = {"rows": 2, "length": 2048}
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape(name="tiny", width=64, num_blocks=4, num_heads=4, num_kv_heads=2, head_dim=16, mlp_width=192, rows=2, length=32),
-        Shape(name="12x1024", width=1024, num_blocks=12, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=3072, rows=4, length=256),
-        Shape(name="0.6B", width=1024, num_blocks=28, num_heads=16, num_kv_heads=8, head_dim=128, mlp_width=3072, rows=2, length=2048),
-        Shape(name="4B", width=2560, num_blocks=36, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=9728, rows=2, length=2048, shadow_heads=16, update_hidden=8),
-        Shape(name="8B", width=4096, num_blocks=36, num_heads=32, num_kv_heads=8, head_dim=128, mlp_width=12288, rows=2, length=2048, shadow_heads=8, update_hidden=8),
+        Shape(name="tiny", rows=2, length=32, **_TINY),
+        Shape(name="12x1024", num_blocks=12, rows=4, length=256, **_SMALL, **_QWEN3),
+        Shape(name="0.6B", num_blocks=28, **_SMALL, **_LONG, **_QWEN3),
+        Shape(name="4B", width=2560, mlp_width=9728, shadow_heads=16, **_LARGE, **_LONG, **_QWEN3),
+        Shape(name="8B", width=4096, mlp_width=12288, shadow_heads=8, **_LARGE, **_LONG, **_QWEN3),
     )
-}  # fmt: skip
+}
 
 
 def make_base(shape: Shape, *, vocabulary: int, dtype: torch.dtype, device: str) -> PreTrainedModel:

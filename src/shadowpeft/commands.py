@@ -15,7 +15,9 @@ from rich.table import Table
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from shadowpeft._version import __version__
+from shadowpeft.core import ShadowConfig
 from shadowpeft.core.config import require
+from shadowpeft.core.kernels import step_backend
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate import report as reports
 from shadowpeft.evaluate.bars import scoring_bars
@@ -296,9 +298,19 @@ def _installation() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
+        "training step": "{}: {}".format(*step_backend(ShadowConfig(), device=_device(), dtype=_dtype())),
         "tasks": ", ".join(sorted(TASKS)),
         "architectures": ", ".join(sorted(ARCHITECTURES)),
     }
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype() -> torch.dtype:
+    """What a base is usually loaded in here."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
 def _description(folder: Path) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """A forward pass whose graph keeps no tensor that one cheap element-wise expression gives back.
 
-A frozen block keeps, per token, ``gate``, ``silu(gate)`` and ``up`` of its MLP and the queries and keys both in front of
-their norm and behind rotation, although the second of each follows from the first. Within :func:`lean_graph`, such a
-tensor is replaced by the expression that made it, over tensors that are kept anyway; backward evaluates it again,
+A frozen block keeps, per token, ``gate``, ``silu(gate)`` and ``up`` of its MLP and the queries and keys both in front
+of their norm and behind rotation, although the second of each follows from the first. Within :func:`lean_graph`, such
+a tensor is replaced by the expression that made it, over tensors that are kept anyway; backward evaluates it again,
 bit for bit. It works on any model: nothing is known of its modules, only of torch's element-wise functions.
 """
 
@@ -20,7 +20,8 @@ from torch.overrides import TorchFunctionMode
 # Element-wise or smaller, deterministic, and much cheaper than the products between them.
 _CHEAP: frozenset[Callable] = frozenset(
     [
-        *(F.silu, F.gelu, F.relu, torch.tanh, torch.sigmoid, torch.rsqrt, torch.neg, torch.cat, torch.square, torch.pow),
+        *(F.silu, F.gelu, F.relu, torch.tanh, torch.sigmoid, torch.rsqrt),
+        *(torch.neg, torch.cat, torch.square, torch.pow),
         *(torch.mul, torch.add, torch.sub, torch.div),
         *(Tensor.mul, Tensor.add, Tensor.sub, Tensor.div, Tensor.neg, Tensor.pow, Tensor.tanh, Tensor.square),
         *(Tensor.__mul__, Tensor.__rmul__, Tensor.__add__, Tensor.__radd__, Tensor.__sub__, Tensor.__rsub__),

@@ -150,6 +150,7 @@ def make_trainer(
     examples: list[dict[str, Any]],
     arguments: TrainingArguments,
     callbacks: list[Any],
+    shadow_lr_multiplier: float = 1.0,
 ) -> ShadowTrainer:
     """The trainer of every method: a shadow here; LoRA, a probe or the whole base in a comparison."""
     trainer = ShadowTrainer(
@@ -158,6 +159,7 @@ def make_trainer(
         train_dataset=examples,  # type: ignore[arg-type]
         data_collator=AnswerCollator(tokenizer),
         callbacks=callbacks,
+        shadow_lr_multiplier=shadow_lr_multiplier,
     )
     trainer.pop_callback(PrinterCallback)
     return trainer
@@ -191,6 +193,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
                 console, tokens_per_step=tokens_per_row * config.batch_size * config.gradient_accumulation
             ),
         ],
+        shadow_lr_multiplier=config.shadow_lr_multiplier,
     )
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -11,8 +11,9 @@ from shadowpeft.errors import CheckpointError, ShadowPeftError
 from shadowpeft.files import SaveError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
+from shadowpeft.model.tasks import ShadowModelForCausalLM
 
-LOSS_PARTS = ("main_loss", "shadow_loss")
+LOSS_PARTS = ("main_loss", "shadow_loss", "distillation_loss")
 
 
 def is_write_failure(error: RuntimeError) -> bool:
@@ -21,23 +22,45 @@ def is_write_failure(error: RuntimeError) -> bool:
 
 
 class ShadowTrainer(Trainer):
-    """Logs both losses and resumes from adapter-only checkpoints; all else is transformers' Trainer.
+    """Logs every part of the loss and resumes from adapter-only checkpoints; all else is transformers' Trainer.
 
     Works for any other model too, so that LoRA and plain fine-tuning run on the same code.
+
+    Args:
+        shadow_lr_multiplier: the shadow backbone's learning rate as a multiple of all other weights'; below 1 for a
+            pretrained one. The other arguments are transformers' own.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shadow_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._shadow_lr_multiplier = shadow_lr_multiplier
+        # transformers smooths labels on logits it asks for; here both losses do it behind the head, without any.
+        smooths = self.label_smoother is not None and isinstance(self.model, ShadowModelForCausalLM)
+        self._loss_options = {"label_smoothing": self.args.label_smoothing_factor} if smooths else {}
+        self.label_smoother = None if smooths else self.label_smoother
         self._sums: dict[str, torch.Tensor] = {}
         self._num_passes = 0
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any
     ) -> Any:
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss, outputs = super().compute_loss(model, inputs | self._loss_options, return_outputs=True, **kwargs)
         if model.training:
             self._add_parts(outputs)
         return (loss, outputs) if return_outputs else loss
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only: neither norms nor biases, whatever their names, are pulled to zero."""
+        shapes = {name: p.ndim for name, p in model.named_parameters()}
+        return [name for name in super().get_decay_parameter_names(model) if shapes.get(name, 0) > 1]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        adapted = self.accelerator.unwrap_model(self.model)
+        if is_new and self._shadow_lr_multiplier != 1.0 and isinstance(adapted, ShadowModel):
+            _split_groups(optimizer, set(adapted.network().backbone.parameters()), self._shadow_lr_multiplier)
+        return optimizer
 
     def _add_parts(self, outputs: Any) -> None:
         for name in LOSS_PARTS:
@@ -93,3 +116,14 @@ class ShadowTrainer(Trainer):
         if not (folder / WEIGHTS_FILE).is_file():
             raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}; resume from a complete checkpoint folder")
         restore_weights(model.network(), folder)
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[nn.Parameter], multiplier: float) -> None:
+    """Gives ``chosen`` groups of their own, with ``multiplier`` times the learning rate of the ones they were in."""
+    groups, optimizer.param_groups = list(optimizer.param_groups), []
+    for group in groups:
+        rest = [p for p in group["params"] if p not in chosen]
+        moved = [p for p in group["params"] if p in chosen]
+        for parameters, factor in ((rest, 1.0), (moved, multiplier)):
+            if parameters:
+                optimizer.add_param_group({**group, "params": parameters, "lr": group["lr"] * factor})

@@ -1,0 +1,466 @@
+"""The step on an NVIDIA GPU: one Triton kernel forward, two backward.
+
+A program of the forward kernel, and of the first backward one, owns a few tokens and walks over the width: all that
+must be known of a token before the next walk is narrow (two moments, r and h_g wide products). The second backward
+kernel owns a few columns and walks over the tokens: given the narrow quantities, all else is local to a column, and
+the gradients of the weights are summed in registers in a fixed order. Arithmetic is in fp32; products of 16-bit
+states use TF32, whose mantissa is longer than theirs.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shadowpeft.core.kernels.reference import StepGradients, StepOutput
+from shadowpeft.core.kernels.spec import StepSpec, StepWeights
+
+_TOKENS, _COLUMNS = 16, 64
+# Parts of the token axis that the second backward kernel walks over at the same time.
+_MOST_SPLITS = 16
+
+
+@triton.jit
+def _tile(pointer, rows, columns, stride, num_rows, num_columns):
+    """[rows, columns] of a matrix in fp32, zero outside of it."""
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _put(pointer, values, rows, columns, stride, num_rows, num_columns):
+    inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
+    offsets = rows[:, None].to(tl.int64) * stride + columns[None, :]
+    tl.store(pointer + offsets, values.to(pointer.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vector(pointer, columns, num_columns):
+    return tl.load(pointer + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dot(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def _act(x, GELU: tl.constexpr):
+    if GELU:  # noqa: SIM108 (Triton chooses at compile time between statements, not within one)
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    else:
+        y = x * tl.sigmoid(x)
+    return y
+
+
+@triton.jit
+def _slope(x, GELU: tl.constexpr):
+    if GELU:
+        y = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * tl.exp(-0.5 * x * x) * 0.3989422804014327
+    else:
+        gate = tl.sigmoid(x)
+        y = gate * (1.0 + x * (1.0 - gate))
+    return y
+
+
+@triton.jit
+def _mask(seed, rows, narrow, WIDTH: tl.constexpr, dropout):
+    """Entries 0 and 1 / (1 - dropout), a function of seed and position alone."""
+    kept = tl.rand(seed, rows[:, None] * WIDTH + narrow[None, :]) >= dropout
+    return tl.where(kept, 1.0 / (1.0 - dropout), 0.0)
+
+
+@triton.jit
+def _moments(h, rows, stride, N, D, eps, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(mean, 1 / standard deviation) of every row, the latter from centred values."""
+    total = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        total += tl.sum(_tile(h, rows, start + tl.arange(0, BLOCK_D), stride, N, D), 1)
+    mean = total / D
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        centred = _tile(h, rows, columns, stride, N, D) - mean[:, None]
+        squares += tl.sum(tl.where(columns[None, :] < D, centred * centred, 0.0), 1)
+    return mean, 1.0 / tl.sqrt(squares / D + eps)
+
+
+@triton.jit
+def _normed(values, columns, mean, rstd, norm_weight, norm_bias, D, HAS_NORM: tl.constexpr):
+    if HAS_NORM:
+        weight, bias = _vector(norm_weight, columns, D), _vector(norm_bias, columns, D)
+        values = (values - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+    return values
+
+
+@triton.jit
+def _hidden(h, rows, narrow, stride, mean, rstd, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1, N, D, HG,
+            HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+            BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HP: tl.constexpr):  # fmt: skip
+    """What transform and gate put into their activations, [BLOCK_T, HP] each."""
+    pre_T = tl.zeros([BLOCK_T, HP], tl.float32)
+    pre_G = tl.zeros([BLOCK_T, HP], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        x = _normed(_tile(h, rows, columns, stride, N, D), columns, mean, rstd, norm_weight, norm_bias, D, HAS_NORM)
+        pre_T += _dot(x, _tile(W_T1, columns, narrow, HG, D, HG), PRECISION)
+        pre_G += _dot(x, _tile(W_G1, columns, narrow, HG, D, HG), PRECISION)
+    if HAS_BIAS:
+        pre_T += _vector(b_T1, narrow, HG)[None, :]
+        pre_G += _vector(b_G1, narrow, HG)[None, :]
+    return pre_T, pre_G
+
+
+@triton.jit
+def _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+               HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """(t, g, the new state as it is stored) for some columns (Eq. 5-7)."""
+    t = _dot(act_T, _tile(W_T2, narrow, columns, D, HG, D), PRECISION)
+    g = _dot(act_G, _tile(W_G2, narrow, columns, D, HG, D), PRECISION)
+    if HAS_BIAS:
+        t += _vector(b_T2, columns, D)[None, :]
+        g += _vector(b_G2, columns, D)[None, :]
+    g = tl.sigmoid(g)
+    return t, g, (old + g * (t - old)).to(s.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _forward(h, s, h_out, s_out, bottleneck, W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2,
+             norm_weight, norm_bias, seed, N, D, R, HG, h_stride, s_stride, alpha, eps, inject_dropout,
+             transform_dropout, HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+             FROM_STATE: tl.constexpr, DROPS_INJECT: tl.constexpr, DROPS_TRANSFORM: tl.constexpr,
+             PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, RP: tl.constexpr,
+             HP: tl.constexpr):  # fmt: skip
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks, narrow = tl.arange(0, RP), tl.arange(0, HP)
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    rstd = tl.zeros([BLOCK_T], tl.float32)
+    act_T = tl.zeros([BLOCK_T, HP], tl.float32)
+    act_G = tl.zeros([BLOCK_T, HP], tl.float32)
+    if HAS_UPDATE:
+        if HAS_NORM:
+            mean, rstd = _moments(h, rows, h_stride, N, D, eps, BLOCK_T, BLOCK_D)
+        pre_T, pre_G = _hidden(h, rows, narrow, h_stride, mean, rstd, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1,
+                               N, D, HG, HAS_NORM, HAS_BIAS, PRECISION, BLOCK_T, BLOCK_D, HP)  # fmt: skip
+        act_T, act_G = _act(pre_T, GELU), _act(pre_G, GELU)
+        if DROPS_TRANSFORM:
+            act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
+    z = tl.zeros([BLOCK_T, RP], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        state = _tile(s, rows, columns, s_stride, N, D)
+        if HAS_UPDATE:
+            _, _, state = _new_state(s, state, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+                                     HAS_BIAS, PRECISION)  # fmt: skip
+            _put(s_out, state, rows, columns, D, N, D)
+        source = state
+        if not FROM_STATE:
+            source = _tile(h, rows, columns, h_stride, N, D) - state
+        z += _dot(source, _tile(W_down, columns, ranks, R, D, R), PRECISION)
+    if DROPS_INJECT:
+        z *= _mask(seed, rows, ranks, RP, inject_dropout)
+    _put(bottleneck, z, rows, ranks, R, N, R)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        lifted = _dot(z, _tile(W_up, ranks, columns, D, R, D), PRECISION)
+        _put(h_out, _tile(h, rows, columns, h_stride, N, D) + alpha * lifted, rows, columns, D, N, D)
+
+
+@triton.jit
+def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T, grad_G, means, rstds,
+                     W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2, norm_weight, norm_bias,
+                     seed, N, D, R, HG, h_stride, s_stride, alpha, eps, inject_dropout, transform_dropout,
+                     HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+                     FROM_STATE: tl.constexpr, DROPS_INJECT: tl.constexpr, DROPS_TRANSFORM: tl.constexpr,
+                     HAS_GRAD_S: tl.constexpr, NEEDS_H: tl.constexpr, PRECISION: tl.constexpr,
+                     BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, RP: tl.constexpr, HP: tl.constexpr):  # fmt: skip
+    """Gradients of h and s, and the narrow quantities that the gradients of the weights are made of."""
+    rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    ranks, narrow = tl.arange(0, RP), tl.arange(0, HP)
+    dz = tl.zeros([BLOCK_T, RP], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        dz += _dot(_tile(grad_h, rows, columns, D, N, D), tl.trans(_tile(W_up, ranks, columns, D, R, D)), PRECISION)
+    dz *= alpha
+    if DROPS_INJECT:
+        dz *= _mask(seed, rows, ranks, RP, inject_dropout)
+    _put(grad_z, dz, rows, ranks, R, N, R)
+
+    mean = tl.zeros([BLOCK_T], tl.float32)
+    rstd = tl.zeros([BLOCK_T], tl.float32)
+    act_T = tl.zeros([BLOCK_T, HP], tl.float32)
+    act_G = tl.zeros([BLOCK_T, HP], tl.float32)
+    pre_T = tl.zeros([BLOCK_T, HP], tl.float32)
+    pre_G = tl.zeros([BLOCK_T, HP], tl.float32)
+    d_T = tl.zeros([BLOCK_T, HP], tl.float32)
+    d_G = tl.zeros([BLOCK_T, HP], tl.float32)
+    if HAS_UPDATE:
+        if HAS_NORM:
+            mean, rstd = _moments(h, rows, h_stride, N, D, eps, BLOCK_T, BLOCK_D)
+            tl.store(means + rows, mean, mask=rows < N)
+            tl.store(rstds + rows, rstd, mask=rows < N)
+        pre_T, pre_G = _hidden(h, rows, narrow, h_stride, mean, rstd, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1,
+                               N, D, HG, HAS_NORM, HAS_BIAS, PRECISION, BLOCK_T, BLOCK_D, HP)  # fmt: skip
+        act_T, act_G = _act(pre_T, GELU), _act(pre_G, GELU)
+        if DROPS_TRANSFORM:
+            act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
+        _put(kept_T, act_T, rows, narrow, HG, N, HG)
+        _put(kept_G, act_G, rows, narrow, HG, N, HG)
+    for start in range(0, D, BLOCK_D):
+        columns = start + tl.arange(0, BLOCK_D)
+        d_source = _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
+        d_state = d_source if FROM_STATE else -d_source
+        if HAS_GRAD_S:
+            d_state += _tile(grad_s, rows, columns, D, N, D)
+        if HAS_UPDATE:
+            old = _tile(s, rows, columns, s_stride, N, D)
+            t, g, _ = _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+                                 HAS_BIAS, PRECISION)  # fmt: skip
+            dt = d_state * g
+            dg = dt * (t - old) * (1.0 - g)
+            d_T += _dot(dt, tl.trans(_tile(W_T2, narrow, columns, D, HG, D)), PRECISION)
+            d_G += _dot(dg, tl.trans(_tile(W_G2, narrow, columns, D, HG, D)), PRECISION)
+            d_state -= dt
+        _put(grad_s_in, d_state, rows, columns, D, N, D)
+    if HAS_UPDATE:
+        if DROPS_TRANSFORM:
+            d_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
+        d_T *= _slope(pre_T, GELU)
+        d_G *= _slope(pre_G, GELU)
+        _put(grad_T, d_T, rows, narrow, HG, N, HG)
+        _put(grad_G, d_G, rows, narrow, HG, N, HG)
+    if NEEDS_H:
+        along = tl.zeros([BLOCK_T], tl.float32)
+        level = tl.zeros([BLOCK_T], tl.float32)
+        if HAS_UPDATE and HAS_NORM:
+            for start in range(0, D, BLOCK_D):
+                columns = start + tl.arange(0, BLOCK_D)
+                dx = _dot(d_T, tl.trans(_tile(W_T1, columns, narrow, HG, D, HG)), PRECISION)
+                dx += _dot(d_G, tl.trans(_tile(W_G1, columns, narrow, HG, D, HG)), PRECISION)
+                dx *= _vector(norm_weight, columns, D)[None, :]  # zero outside
+                x = (_tile(h, rows, columns, h_stride, N, D) - mean[:, None]) * rstd[:, None]
+                along += tl.sum(dx * x, 1)
+                level += tl.sum(dx, 1)
+        for start in range(0, D, BLOCK_D):
+            columns = start + tl.arange(0, BLOCK_D)
+            out = _tile(grad_h, rows, columns, D, N, D)
+            if not FROM_STATE:
+                out += _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
+            if HAS_UPDATE:
+                dx = _dot(d_T, tl.trans(_tile(W_T1, columns, narrow, HG, D, HG)), PRECISION)
+                dx += _dot(d_G, tl.trans(_tile(W_G1, columns, narrow, HG, D, HG)), PRECISION)
+                if HAS_NORM:
+                    dx *= _vector(norm_weight, columns, D)[None, :]
+                    x = (_tile(h, rows, columns, h_stride, N, D) - mean[:, None]) * rstd[:, None]
+                    dx = rstd[:, None] * (dx - level[:, None] / D - x * along[:, None] / D)
+                out += dx
+            _put(grad_h_in, out, rows, columns, D, N, D)
+
+
+@triton.jit
+def _backward_weights(h, s, grad_h, grad_s, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, means, rstds,
+                      W_down, W_T1, W_T2, W_G1, W_G2, b_T2, b_G2, norm_weight, norm_bias, tall, flat, vectors,
+                      N, D, R, HG, h_stride, s_stride, alpha, rows_a_split,
+                      HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+                      FROM_STATE: tl.constexpr, HAS_GRAD_S: tl.constexpr, PRECISION: tl.constexpr,
+                      BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, RP: tl.constexpr, HP: tl.constexpr):  # fmt: skip
+    """Sums over the tokens of one split, for some columns.
+
+    ``tall`` [splits, D, R + 2 HG]: W_down, W_T1, W_G1; ``flat`` [splits, R + 2 HG, D]: W_up, W_T2, W_G2;
+    ``vectors`` [splits, 4, D]: b_T2, b_G2, norm weight, norm bias.
+    """
+    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.program_id(1)
+    ranks, narrow = tl.arange(0, RP), tl.arange(0, HP)
+    wide = R + 2 * HG
+    tall += split.to(tl.int64) * D * wide
+    flat += split.to(tl.int64) * D * wide
+    vectors += split.to(tl.int64) * D * 4
+    d_down = tl.zeros([BLOCK_D, RP], tl.float32)
+    d_up = tl.zeros([RP, BLOCK_D], tl.float32)
+    d_T1 = tl.zeros([BLOCK_D, HP], tl.float32)
+    d_G1 = tl.zeros([BLOCK_D, HP], tl.float32)
+    d_T2 = tl.zeros([HP, BLOCK_D], tl.float32)
+    d_G2 = tl.zeros([HP, BLOCK_D], tl.float32)
+    d_b_T2 = tl.zeros([BLOCK_D], tl.float32)
+    d_b_G2 = tl.zeros([BLOCK_D], tl.float32)
+    d_weight = tl.zeros([BLOCK_D], tl.float32)
+    d_bias = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(split * rows_a_split, tl.minimum((split + 1) * rows_a_split, N), BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        dz = _tile(grad_z, rows, ranks, R, N, R)
+        z = _tile(bottleneck, rows, ranks, R, N, R)
+        values = _tile(h, rows, columns, h_stride, N, D)
+        old = _tile(s, rows, columns, s_stride, N, D)
+        state = old
+        d_up += _dot(tl.trans(z), _tile(grad_h, rows, columns, D, N, D), PRECISION)
+        if HAS_UPDATE:
+            act_T = _tile(kept_T, rows, narrow, HG, N, HG)
+            act_G = _tile(kept_G, rows, narrow, HG, N, HG)
+            t, g, state = _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+                                     HAS_BIAS, PRECISION)  # fmt: skip
+            d_source = _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
+            d_state = d_source if FROM_STATE else -d_source
+            if HAS_GRAD_S:
+                d_state += _tile(grad_s, rows, columns, D, N, D)
+            dt = d_state * g
+            dg = dt * (t - old) * (1.0 - g)
+            d_T2 += _dot(tl.trans(act_T), dt, PRECISION)
+            d_G2 += _dot(tl.trans(act_G), dg, PRECISION)
+            d_T = _tile(grad_T, rows, narrow, HG, N, HG)
+            d_G = _tile(grad_G, rows, narrow, HG, N, HG)
+            x = values
+            if HAS_NORM:
+                mean, rstd = _vector(means, rows, N), _vector(rstds, rows, N)
+                unit = (values - mean[:, None]) * rstd[:, None]
+                dx = _dot(d_T, tl.trans(_tile(W_T1, columns, narrow, HG, D, HG)), PRECISION)
+                dx += _dot(d_G, tl.trans(_tile(W_G1, columns, narrow, HG, D, HG)), PRECISION)
+                d_weight += tl.sum(dx * unit, 0)
+                d_bias += tl.sum(dx, 0)
+                x = _normed(values, columns, mean, rstd, norm_weight, norm_bias, D, HAS_NORM)
+            d_T1 += _dot(tl.trans(x), d_T, PRECISION)
+            d_G1 += _dot(tl.trans(x), d_G, PRECISION)
+            if HAS_BIAS:
+                d_b_T2 += tl.sum(dt, 0)
+                d_b_G2 += tl.sum(dg, 0)
+        source = state if FROM_STATE else values - state
+        d_down += _dot(tl.trans(source), dz, PRECISION)
+    _put(tall, d_down, columns, ranks, wide, D, R)
+    _put(flat, alpha * d_up, ranks, columns, D, R, D)
+    if HAS_UPDATE:
+        _put(tall + R, d_T1, columns, narrow, wide, D, HG)
+        _put(tall + R + HG, d_G1, columns, narrow, wide, D, HG)
+        _put(flat + R * D, d_T2, narrow, columns, D, HG, D)
+        _put(flat + (R + HG) * D, d_G2, narrow, columns, D, HG, D)
+        inside = columns < D
+        tl.store(vectors + columns, d_b_T2, mask=inside)
+        tl.store(vectors + D + columns, d_b_G2, mask=inside)
+        tl.store(vectors + 2 * D + columns, d_weight, mask=inside)
+        tl.store(vectors + 3 * D + columns, d_bias, mask=inside)
+
+
+def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
+    """As :func:`shadowpeft.core.kernels.reference.forward`; the dropout state is a seed from torch's CPU generator."""
+    h, s, w = _rows(h), _rows(s), _contiguous(w)
+    seed = torch.randint(2**31 - 2, (), dtype=torch.int64) if spec.has_dropout else None
+    num_tokens = len(h)
+    h_out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    s_out = None if w.W_T1 is None else torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    bottleneck = torch.empty(num_tokens, w.W_down.shape[1], dtype=torch.float32, device=h.device)
+    _forward[(triton.cdiv(num_tokens, _TOKENS),)](
+        h, s, h_out, h_out if s_out is None else s_out, bottleneck, *_pointers(w, h), *_numbers(spec, h, s, w, seed),
+        **_switches(spec, h, w),
+    )  # fmt: skip
+    return StepOutput(h_out, s_out, bottleneck, seed)
+
+
+def backward(
+    spec: StepSpec,
+    *,
+    grad_h: Tensor,
+    grad_s: Tensor | None,
+    h: Tensor,
+    s: Tensor,
+    bottleneck: Tensor,
+    rng_state: Tensor | None,
+    w: StepWeights,
+    needs_grad_h: bool,
+) -> StepGradients:
+    """As :func:`shadowpeft.core.kernels.reference.backward`."""
+    h, s, grad_h, given = _rows(h), _rows(s), grad_h.contiguous(), w
+    w = _contiguous(w)
+    grad_s = None if grad_s is None else grad_s.contiguous()
+    (num_tokens, width), rank = h.shape, w.W_down.shape[1]
+    hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
+
+    def narrow(columns: int) -> Tensor:
+        return torch.empty(num_tokens, columns, dtype=torch.float32, device=h.device)
+
+    grad_h_in = torch.empty(h.shape, dtype=h.dtype, device=h.device) if needs_grad_h else None
+    grad_s_in = torch.empty(s.shape, dtype=s.dtype, device=s.device)
+    grad_z, mean, rstd = narrow(rank), narrow(1), narrow(1)
+    kept_T, kept_G, grad_T, grad_G = (narrow(hidden) for _ in range(4))
+    switches = _switches(spec, h, w)
+    has_grad_s = grad_s is not None
+    upstream = (grad_h, grad_s if grad_s is not None else grad_h)
+    _backward_tokens[(triton.cdiv(num_tokens, _TOKENS),)](
+        h, s, *upstream, grad_s_in if grad_h_in is None else grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T,
+        grad_G, mean, rstd, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
+        HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches,
+    )  # fmt: skip
+    splits = max(min(_MOST_SPLITS, triton.cdiv(num_tokens, 8 * _TOKENS)), 1)
+    rows_a_split = triton.cdiv(triton.cdiv(num_tokens, splits), _TOKENS) * _TOKENS
+    wide = rank + 2 * hidden
+    tall = torch.empty(splits, width, wide, dtype=torch.float32, device=h.device)
+    flat = torch.empty(splits, wide, width, dtype=torch.float32, device=h.device)
+    vectors = torch.empty(splits, 4, width, dtype=torch.float32, device=h.device)
+    p = dict(zip(StepWeights._fields, _pointers(w, h), strict=True))
+    for unused in ("GELU", "DROPS_INJECT", "DROPS_TRANSFORM"):
+        del switches[unused]
+    _backward_weights[(triton.cdiv(width, _COLUMNS), splits)](
+        h, s, *upstream, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, mean, rstd,
+        p["W_down"], p["W_T1"], p["W_T2"], p["W_G1"], p["W_G2"], p["b_T2"], p["b_G2"], p["norm_weight"],
+        p["norm_bias"], tall, flat, vectors, num_tokens, width, rank, hidden, h.stride(0), s.stride(0), spec.alpha,
+        rows_a_split, HAS_GRAD_S=has_grad_s, **switches,
+    )  # fmt: skip
+    found = _gradients(given, tall.sum(0), flat.sum(0), vectors.sum(0), grad_T, grad_G)
+    return StepGradients(grad_h_in, grad_s_in, found)
+
+
+def _gradients(
+    w: StepWeights, tall: Tensor, flat: Tensor, vectors: Tensor, grad_T: Tensor, grad_G: Tensor
+) -> StepWeights:
+    """The sums under the names and in the dtypes of the weights."""
+    rank = w.W_down.shape[1]
+    hidden = 0 if w.W_T1 is None else w.W_T1.shape[1]
+    ends = (rank, rank + hidden, rank + 2 * hidden)
+    found = {
+        "W_down": tall[:, : ends[0]], "W_T1": tall[:, ends[0] : ends[1]], "W_G1": tall[:, ends[1] : ends[2]],
+        "W_up": flat[: ends[0]], "W_T2": flat[ends[0] : ends[1]], "W_G2": flat[ends[1] : ends[2]],
+        "b_T1": grad_T.sum(0), "b_G1": grad_G.sum(0),
+        "b_T2": vectors[0], "b_G2": vectors[1], "norm_weight": vectors[2], "norm_bias": vectors[3],
+    }  # fmt: skip
+    there = {name: weight for name, weight in w._asdict().items() if weight is not None}
+    return StepWeights(**{name: found[name].to(weight.dtype) for name, weight in there.items()})
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _contiguous(w: StepWeights) -> StepWeights:
+    return StepWeights(*(None if weight is None else weight.contiguous() for weight in w))
+
+
+def _pointers(w: StepWeights, placeholder: Tensor) -> list[Tensor]:
+    """All weights; what is not there is never read."""
+    return [placeholder if weight is None else weight for weight in w]
+
+
+def _numbers(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights, seed: Tensor | None) -> list[Any]:
+    hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
+    return [
+        0 if seed is None else int(seed), *h.shape, w.W_down.shape[1], hidden, h.stride(0), s.stride(0),
+        spec.alpha, spec.norm_eps, spec.inject_dropout, spec.transform_dropout,
+    ]  # fmt: skip
+
+
+def _switches(spec: StepSpec, h: Tensor, w: StepWeights) -> dict[str, Any]:
+    hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
+    return {
+        "HAS_UPDATE": w.W_T1 is not None,
+        "HAS_NORM": w.norm_weight is not None,
+        "HAS_BIAS": w.b_T1 is not None,
+        "GELU": spec.activation == "gelu",
+        "FROM_STATE": spec.from_state,
+        "DROPS_INJECT": spec.inject_dropout > 0,
+        "DROPS_TRANSFORM": spec.transform_dropout > 0,
+        "PRECISION": "ieee" if h.dtype == torch.float32 else "tf32",
+        "BLOCK_T": _TOKENS,
+        "BLOCK_D": _COLUMNS,
+        "RP": max(triton.next_power_of_2(w.W_down.shape[1]), 16),
+        "HP": max(triton.next_power_of_2(hidden), 16),
+    }

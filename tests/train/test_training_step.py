@@ -1,0 +1,197 @@
+"""What a training step must survive: checkpointing, packing, compiling, DDP; and what its optimizer does."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+from transformers import TrainingArguments
+
+from models import randomise, tiny_base, tiny_config, tokens
+from shadowpeft import ShadowConfig, get_shadow_model
+from shadowpeft.errors import ConfigError
+from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.trainer import ShadowTrainer
+
+
+def adapted(model_type="llama", **config):
+    model = get_shadow_model(tiny_base(model_type), tiny_config(**{"shadow_dropout": 0.0} | config)).train()
+    randomise(model.network())
+    return model
+
+
+def gradients(model, *, seed=3, **inputs):
+    model.zero_grad()
+    torch.manual_seed(seed)
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.network().named_parameters()}
+
+
+def enable_checkpointing(model):
+    """Under whichever of its two names this transformers release has it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
+
+
+def answers(ids):
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return labels
+
+
+def test_checkpointing_reaches_the_shadow_and_changes_nothing_even_with_dropout():
+    model, ids = adapted(shadow_dropout=0.3), tokens()
+    expected = gradients(model, input_ids=ids, labels=answers(ids))
+    enable_checkpointing(model)
+    assert model.network().backbone.gradient_checkpointing
+    assert_close(gradients(model, input_ids=ids, labels=answers(ids)), expected)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])
+def test_packed_examples_train_as_separate_ones(model_type):
+    model = adapted(model_type)
+    first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)
+    ids = torch.cat([first, second], 1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    labels = ids.clone()
+    labels[0, 5] = -100  # the first token of an example follows from nothing
+    packed = gradients(model, input_ids=ids, position_ids=positions, labels=labels)
+    parts = [gradients(model, input_ids=part, labels=part, num_items_in_batch=10) for part in (first, second)]
+    assert_close(packed[0], parts[0][0] + parts[1][0])
+    assert_close(packed[1], {name: parts[0][1][name] + parts[1][1][name] for name in packed[1]})
+
+
+# Raised inside torch, when Dynamo traces the backward of any torch.autograd.Function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_training_step_compiles_as_one_graph():
+    model, ids = adapted(distillation_weight=0.5), tokens()
+    expected = gradients(model, input_ids=ids, labels=answers(ids))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    model.zero_grad()
+    loss = compiled(input_ids=ids, labels=answers(ids)).loss
+    loss.backward()
+    assert_close(loss.detach(), expected[0])
+    assert_close({name: p.grad for name, p in model.network().named_parameters()}, expected[1])
+
+
+def test_nothing_of_the_untouched_first_block_is_kept():
+    model, ids = adapted(), tokens()
+    kept, at_second_block = [], []
+    block = model.base.model.layers[1]
+    handle = block.register_forward_pre_hook(lambda *_: at_second_block.append(len(kept)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        hidden = model._run_attached  # the shadow runs first, and keeps what it needs
+        num_shadow = []
+        model.base.model.layers[0].register_forward_pre_hook(lambda *_: num_shadow.append(len(kept)))
+        hidden(model.network(), input_ids=ids, attention_mask=None, inputs_embeds=None, past_key_values=None,
+               use_cache=False)  # fmt: skip
+    handle.remove()
+    step_keeps = 4  # h', s(0), the bottleneck, and its weights W_down and W_up, in front of block 1
+    assert at_second_block[0] - num_shadow[0] <= step_keeps + 1
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_ddp_needs_no_search_for_unused_parameters(share, tmp_path):
+    from torch import distributed
+    from torch.nn.parallel import DistributedDataParallel
+
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, ids = adapted(share_steps=share), tokens()
+        expected = gradients(model, input_ids=ids, labels=answers(ids))
+        parallel = DistributedDataParallel(model)
+        for _ in range(2):
+            model.zero_grad()
+            parallel(input_ids=ids, labels=answers(ids)).loss.backward()
+        assert_close({name: p.grad for name, p in model.network().named_parameters()}, expected[1])
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_under_autocast_a_training_step_stays_near_its_fp32_result():
+    """bf16 products inside the blocks round to 8 bits; the sum of losses stays within 2 %."""
+    model = get_shadow_model(tiny_base(dtype=torch.float32), tiny_config(adapter_dtype="float32")).train()
+    ids = tokens()
+    expected, _ = gradients(model, input_ids=ids, labels=answers(ids))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, found = gradients(model, input_ids=ids, labels=answers(ids))
+    assert loss.item() == pytest.approx(expected.item(), rel=0.02)
+    assert all(torch.isfinite(gradient).all() for gradient in found.values())
+
+
+def test_logits_are_left_out_only_in_training_with_labels():
+    model, ids = adapted(), tokens()
+    assert model(ids, labels=ids).logits is None
+    assert model(ids, labels=ids, output_logits=True).logits is not None
+    assert model(ids).logits is not None
+    assert model.eval()(ids, labels=ids).logits is not None
+
+
+def test_the_distillation_term_is_reported_and_an_old_config_still_loads():
+    model, ids = adapted(distillation_weight=0.5), tokens()
+    out = model(ids, labels=ids)
+    total = out.main_loss + 0.05 * out.shadow_loss + 0.5 * out.distillation_loss
+    assert_close(out.loss.detach(), total)
+    assert adapted()(ids, labels=ids).distillation_loss is None
+    saved = ShadowConfig().to_dict()
+    del saved["distillation_weight"], saved["distillation_temperature"]
+    assert ShadowConfig.from_dict(saved) == ShadowConfig()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("distillation_weight", -0.1), ("distillation_temperature", 0.0)]
+)
+def test_a_distillation_setting_out_of_range_is_refused(field, value):
+    with pytest.raises(ConfigError, match=field):
+        ShadowConfig(**{field: value})
+
+
+def trainer(tmp_path, model, *, multiplier=1.0, **options):
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, weight_decay=0.1, learning_rate=1e-2,
+        disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, **options,
+    )  # fmt: skip
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4, 6)]
+    return ShadowTrainer(model, arguments, train_dataset=rows, shadow_lr_multiplier=multiplier)
+
+
+def test_the_shadow_backbone_has_its_own_learning_rate_and_vectors_no_decay(tmp_path):
+    model = adapted(update_bias=True)
+    optimizer = trainer(tmp_path, model, multiplier=0.05).create_optimizer()
+    backbone = set(model.network().backbone.parameters())
+    seen = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            seen.append(parameter)
+            assert group["lr"] == pytest.approx(1e-2 * (0.05 if parameter in backbone else 1.0))
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+    assert {id(p) for p in seen} == {id(p) for p in model.network().parameters()}
+    assert len(seen) == len(set(seen))
+
+
+def test_one_learning_rate_leaves_the_groups_as_they_are(tmp_path):
+    assert len(trainer(tmp_path, adapted()).create_optimizer().param_groups) == 2
+
+
+def test_the_optimizer_is_fused_where_torch_has_it(tmp_path):
+    assert trainer(tmp_path, adapted()).create_optimizer().defaults["fused"]
+
+
+def test_label_smoothing_reaches_both_losses_without_logits(tmp_path):
+    model = adapted()
+    smoothing = trainer(tmp_path, model, label_smoothing_factor=0.1)
+    ids = tokens()
+    found = smoothing.compute_loss(model, {"input_ids": ids, "labels": ids})
+    assert_close(found, model(ids, labels=ids, label_smoothing=0.1).loss)
+    assert not torch.allclose(found, model(ids, labels=ids).loss)
+
+
+def test_training_runs_with_a_multiplier_and_its_schedule(tmp_path):
+    model = adapted()
+    before = [p.detach().clone() for p in model.network().backbone.parameters()]
+    trainer(tmp_path, model, multiplier=0.0).train()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.network().backbone.parameters(), strict=True))
+
+
+def test_a_negative_multiplier_is_refused():
+    with pytest.raises(ConfigError, match="shadow_lr_multiplier=-1"):
+        TrainConfig(shadow_lr_multiplier=-1)
