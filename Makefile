@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check clean
+.PHONY: demo test lint check clean
 
 demo: $(VENV)/.package
 	$(BIN)/shadowpeft demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -12,8 +12,10 @@ demo: $(VENV)/.package
 test: $(VENV)/.tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-check: $(VENV)/.tests
+lint: $(VENV)/.tests
 	$(BIN)/ruff check .
+
+check: lint
 	$(BIN)/pyright
 
 # torch first: a plain range could pull another build than the one the tests were written against.

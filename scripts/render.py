@@ -35,22 +35,6 @@ def demo_table() -> str:
     return "\n".join([*rows, "", f"{report['num_test_rows']} test rows, {report['train_minutes']} minutes of training."])
 
 
-def tasks_table() -> str:
-    rows = [
-        "| base | task | test rows | majority | base alone | attached | detached | trainable | minutes |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for name in ("home_commands", "trec", "clinc150"):
-        report = result(name)
-        scores = [percent(report["scores"][mode]["metrics"][report["metric"]]) for mode in MODES]
-        rows.append(
-            f"| {report['config']['base']} | {report['task']} | {report['num_test_rows']:,} | "
-            f"{percent(report['majority'])} | {' | '.join(scores)} | {report['parameters']['attached']:,} | "
-            f"{report['train_minutes']} |"
-        )
-    return "\n".join(rows)
-
-
 def parity_table() -> str:
     heading = "| peer | architectures | cases | logits | auxiliary loss | loss | gradients |"
     rows = [heading, "|---|---|---:|---:|---:|---:|---:|"]
@@ -77,7 +61,6 @@ def percent(share: float) -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
-    "tasks": tasks_table,
     "parity": parity_table,
     "base": base_table,
 }

@@ -89,11 +89,13 @@ def _assigned(method: ast.FunctionDef) -> Iterator[str]:
 
 
 def broad_excepts(path: str, source: str) -> list[str]:
-    """Handlers that catch everything."""
+    """Handlers that catch everything and keep it."""
     complaints = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ExceptHandler):
             continue
+        if isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None:
+            continue  # tidies up and lets it go on
         caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
         names = {ast.unparse(kind).split(".")[-1] if kind else "everything" for kind in caught}
         if names & {"everything", "Exception", "BaseException"}:
@@ -116,7 +118,7 @@ def missing_all(path: str, source: str) -> list[str]:
     lists = [
         node.value
         for node in tree.body
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]
+        if ast.unparse(node).startswith("__all__") and isinstance(node, ast.Assign | ast.AnnAssign)
     ]
     if not lists:
         return [f"{path}: no __all__"]

@@ -206,7 +206,7 @@ def test_a_shadow_of_another_vocabulary_is_refused(tmp_path):
         greedy(model, tokens(1, LENGTH), speculative=2)
 
 
-def test_both_passes_compile_as_whole_graphs_over_a_static_cache(model):
+def test_both_passes_compile_as_whole_graphs_over_a_static_cache(without_shape_checks, model):
     ids = torch.nn.functional.pad(tokens(2, LENGTH), (2, 0))
     length = {"max_new_tokens": 5, "min_new_tokens": 5}
     options = {"attention_mask": (ids != 0).long(), "cache_implementation": "static", **length}
