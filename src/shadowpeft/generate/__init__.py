@@ -1,11 +1,8 @@
 """Speculative decoding with the shadow as its own model's draft."""
 
-from shadowpeft.generate.api import SpeculativeFallbackWarning, generate
+from shadowpeft.generate.api import SpeculativeFallbackWarning
 from shadowpeft.generate.config import SpeculativeConfig, as_speculative
 from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatistics, collect_statistics
-from shadowpeft.model.tasks import DECODERS
-
-DECODERS["speculative"] = generate
 
 __all__ = [
     "SpeculativeConfig",

@@ -22,7 +22,7 @@ from shadowpeft.generate.config import SpeculativeConfig, as_speculative
 from shadowpeft.generate.rollback import why_not_croppable
 from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
-from shadowpeft.model.tasks import ShadowModelForCausalLM
+from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
 
 
 class SpeculativeFallbackWarning(UserWarning):
@@ -146,3 +146,6 @@ def _final_length(input_ids: Tensor, config: GenerationConfig, model_kwargs: dic
     embeddings = model_kwargs.get("inputs_embeds")
     before = 0 if embeddings is None or input_ids.shape[1] > 0 else embeddings.shape[1]
     return config.max_length - 1 + before
+
+
+DECODERS["speculative"] = generate
