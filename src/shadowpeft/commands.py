@@ -35,7 +35,7 @@ from shadowpeft.train.run import ADAPTER_FOLDER, Trained, task_named
 from shadowpeft.train.run import train as run_training
 from shadowpeft.train.tasks import TASKS, Task
 
-# The main job in about three minutes on two cores; each value is explained in docs/demo.md.
+# The main job in about three minutes on two cores; see LOG.md for what was tried.
 DEMO = {
     "base": "embedded",
     "task": "robot",
