@@ -88,7 +88,8 @@ def save_adapter(
 
     def write(staging: Path) -> None:
         # Names sort so that the config, without which nothing loads, is moved into place before the weights.
-        save_file(tensors, staging / WEIGHTS_FILE, metadata={"format": "pt", DIGEST: digest})
+        # One entry only: safetensors writes several in a random order, and equal adapters must be equal files.
+        save_file(tensors, staging / WEIGHTS_FILE, metadata={DIGEST: digest})
         (staging / CONFIG_FILE).write_text(json.dumps(described, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if not (folder / CARD_FILE).exists():
             (staging / CARD_FILE).write_text(model_card(described, network), encoding="utf-8")

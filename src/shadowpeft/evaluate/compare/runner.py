@@ -82,9 +82,9 @@ class Worker:
             self._start()
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
+        started = time.monotonic()  # before the watch, or a process that it stops would seem to have died early
         watch = threading.Timer(self._timeout, process.kill)
         watch.start()
-        started = time.monotonic()
         try:
             process.stdin.write(cell.id + "\n")
             process.stdin.flush()
