@@ -25,6 +25,11 @@ VARIANTS = {
     "gelu, one rank": {"update_activation": "gelu", "r": 1, "update_hidden_size": 1},
     "shared": {"share_steps": True},
     "dropout on the input": {"dropout_at": "input"},
+    "scaled state": {"scale_state": True},
+    "scaled state and diagonal": {"scale_state": True, "inject_diagonal": True},
+    "diagonal, from the state": {"inject_diagonal": True, "inject_from": "state"},
+    "scaled diagonal without update": {"scale_state": True, "inject_diagonal": True, "use_update": False},
+    "scaled, from the state": {"scale_state": True, "inject_from": "state"},
 }
 
 

@@ -17,6 +17,8 @@ VARIANTS = [
     {"inject_from": "state"},
     {"update_norm": "none"},
     {"first_block": 0},
+    {"scale_state": True, "inject_diagonal": True},
+    {"inject_diagonal": True, "inject_from": "state", "use_update": False},
 ]
 
 

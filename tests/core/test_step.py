@@ -38,6 +38,19 @@ def test_injection_from_the_state_uses_s_alone():
     assert_close(injection(h, s), h + 0.1 * (s @ injection.W_down @ injection.W_up))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_scale_and_diagonal_are_what_the_documentation_says(scaled):
+    h, s = states()
+    injection = Injection(D, tiny_config(shadow_alpha=0.7, scale_state=scaled, inject_diagonal=True)).double().eval()
+    assert not injection.diagonal.any()
+    nn.init.normal_(injection.W_up)
+    nn.init.normal_(injection.diagonal)
+    if scaled:
+        s = s * h.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+    expected = (h - s) @ injection.W_down @ injection.W_up + injection.diagonal * s
+    assert_close(injection(h, states()[1]), h + 0.7 * expected)
+
+
 def test_update_is_equations_5_to_7_with_13_and_14():
     h, s = states()
     update = Update(D, tiny_config()).double().eval()

@@ -30,6 +30,9 @@ VARIANTS = {
     "no update": {"use_update": False},
     "no norm": {"update_norm": "none"},
     "biases": {"update_bias": True},
+    "scaled state and diagonal": {"scale_state": True, "inject_diagonal": True},
+    "scaled diagonal without update": {"scale_state": True, "inject_diagonal": True, "use_update": False},
+    "diagonal, from the state": {"inject_diagonal": True, "inject_from": "state"},
 }
 SHAPES = [(1, 32, 16, 10), (17, 70, 5, 3), (33, 65, 16, 8), (150, 130, 20, 17)]  # tokens, width, r, h_g
 
@@ -61,7 +64,7 @@ def both(spec, h, s, w, *, needs_grad_h=True, with_grad_s=True):
                 bottleneck=out.bottleneck, rng_state=out.rng_state, w=w, needs_grad_h=needs_grad_h,
             )  # fmt: skip
         weights = {name: grad for name, grad in grads.weights._asdict().items() if grad is not None}
-        results.append((list(filter(torch.is_tensor, out[:3])), [x for x in grads[:2] if x is not None], weights))
+        results.append((list(filter(torch.is_tensor, (*out[:3], out.scale))), [x for x in grads[:2] if x is not None], weights))
     return results
 
 

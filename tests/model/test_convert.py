@@ -29,6 +29,8 @@ def network_of(preset: str, model_type: str = "llama", **fields: object) -> Shad
         ("update_bias", True),
         ("dropout_at", "input"),
         ("transform_dropout", False),
+        ("scale_state", True),
+        ("inject_diagonal", True),
     ],
 )
 def test_a_variant_that_shadow_peft_lacks_is_refused_by_name(field, value):
@@ -50,6 +52,8 @@ def test_a_variant_that_shadow_peft_lacks_is_refused_by_name(field, value):
         ("update_bias", False),
         ("dropout_at", "bottleneck"),
         ("transform_dropout", True),
+        ("scale_state", True),
+        ("inject_diagonal", True),
     ],
 )
 def test_a_variant_that_peft_lacks_is_refused_by_name(field, value):

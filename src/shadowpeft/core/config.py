@@ -59,6 +59,12 @@ class ShadowConfig:
     down_init: Literal["normal", "linear"] = _field("normal", "W_down ~ N(0, 0.02^2), or torch's nn.Linear default")
     inject_from: Literal["difference", "state"] = _field("difference", "correct from h - s (Eq. 2) or from s alone")
     first_block: int = _field(1, "index of the first block whose input is corrected")
+    scale_state: bool = _field(
+        False, "multiply s by the RMS of each token's h where the two meet, so that h - s compares like with like"
+    )
+    inject_diagonal: bool = _field(
+        False, "add v * s to the correction, v a trained vector: what a bottleneck of r cannot carry"
+    )
 
     # Update (Eq. 5-7, 13-14)
     use_update: bool = _field(True, "advance the state between blocks; False keeps s(0) for every block")

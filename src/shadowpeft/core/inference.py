@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowpeft.core.step import rms
+
 if TYPE_CHECKING:
     from shadowpeft.core.network import ShadowNetwork
     from shadowpeft.core.step import Injection, Update
@@ -55,6 +57,10 @@ def correct(injection: "Injection", h: Tensor, s: Tensor) -> Tensor:
     """Eq. 2-4: the corrected input of the block, [B, T, d], in the dtype of ``h``."""
     config = injection.config
     W_down, W_up = injection.W_down, injection.W_up
+    if config.scale_state:
+        s = s * rms(h)
     source = h - s if config.inject_from == "difference" else s
-    low_rank = source.to(W_down.dtype) @ W_down
-    return torch.add(h, (low_rank @ W_up).to(h.dtype), alpha=config.shadow_alpha)
+    added = source.to(W_down.dtype) @ W_down @ W_up
+    if injection.diagonal is not None:
+        added = added.addcmul_(injection.diagonal, s.to(added.dtype))
+    return torch.add(h, added.to(h.dtype), alpha=config.shadow_alpha)

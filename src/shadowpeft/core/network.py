@@ -114,7 +114,7 @@ class ShadowNetwork(nn.Module):
         return StepSpec.of(self.config, training=injection.training, norm_eps=eps)
 
     def _weights(self, injection: Injection, update: Update | None) -> StepWeights:
-        ours = StepWeights(W_down=injection.W_down, W_up=injection.W_up)
+        ours = StepWeights(W_down=injection.W_down, W_up=injection.W_up, diagonal=injection.diagonal)
         if update is None:
             return ours
         norm = self.update_norm

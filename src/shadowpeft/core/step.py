@@ -14,12 +14,18 @@ from torch.nn import functional as F
 from shadowpeft.core.config import ShadowConfig
 from shadowpeft.core.shapes import Down, Narrow, States, Up, Wide
 
+RMS_EPS = 1e-6
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
 
 
 def discrepancy(h: States, s: States) -> States:
     """Eq. 2: ``delta = h - s``, [B, T, d]."""
     return h - s
+
+
+def rms(h: States) -> Tensor:
+    """The root mean square of each token's ``h``, [B, T, 1], kept above zero by 1e-6 under the root."""
+    return torch.sqrt(h.square().mean(-1, keepdim=True) + RMS_EPS)
 
 
 def correction(delta: States, W_down: Down, W_up: Up, *, dropout: float = 0.0, at: str = "bottleneck") -> States:
@@ -50,13 +56,18 @@ def update(s: States, g: States, t: States) -> States:
 
 
 class Injection(nn.Module):
-    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: at first nothing changes."""
+    """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: at first nothing changes.
+
+    Beyond the paper, ``scale_state`` replaces s by ``rms(h) * s``, and ``inject_diagonal`` adds ``v * s`` to the
+    correction, with a trained vector ``diagonal`` that starts at zero too.
+    """
 
     def __init__(self, width: int, config: ShadowConfig) -> None:
         super().__init__()
         self.config = config
         self.W_down = nn.Parameter(torch.empty(width, config.r))
         self.W_up = nn.Parameter(torch.empty(config.r, width))
+        self.register_parameter("diagonal", nn.Parameter(torch.empty(width)) if config.inject_diagonal else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,16 +76,21 @@ class Injection(nn.Module):
         else:
             linear_init_(self.W_down)
         nn.init.zeros_(self.W_up)
+        if self.diagonal is not None:
+            nn.init.zeros_(self.diagonal)
 
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """[B, T, d], [B, T, d] -> [B, T, d]: the corrected input of the block."""
         config = self.config
+        if config.scale_state:
+            s = s * rms(h)
         source = discrepancy(h, s) if config.inject_from == "difference" else s
         dropout = config.shadow_dropout if self.training else 0.0
         source = source.to(self.W_down.dtype)
-        return inject(
-            h, correction(source, self.W_down, self.W_up, dropout=dropout, at=config.dropout_at), config.shadow_alpha
-        )
+        added = correction(source, self.W_down, self.W_up, dropout=dropout, at=config.dropout_at)
+        if self.diagonal is not None:
+            added = added + self.diagonal * s.to(self.diagonal.dtype)
+        return inject(h, added, config.shadow_alpha)
 
 
 class Update(nn.Module):

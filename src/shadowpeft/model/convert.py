@@ -20,7 +20,10 @@ from shadowpeft.core.step import Update
 from shadowpeft.errors import CheckpointError, ConfigError
 from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of
 
-_FORMULA = ("inject_from", "use_update", "share_steps", "update_norm", "update_activation", "update_bias")
+_FORMULA = (
+    *("inject_from", "use_update", "share_steps", "update_norm", "update_activation", "update_bias"),
+    *("scale_state", "inject_diagonal"),
+)
 _DROPOUT = ("dropout_at", "transform_dropout")
 _STACKS = ("shadow_injection_model.injection_downs", "shadow_injection_model.injection_ups")
 

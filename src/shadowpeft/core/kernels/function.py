@@ -29,26 +29,32 @@ class _Step(torch.autograd.Function):
             out = _implementation(backend).forward(spec, h.reshape(-1, width), s.reshape(-1, width), w)
         h_out = out.h.view(h.shape)
         ctx.spec, ctx.backend, ctx.rng_state = spec, backend, out.rng_state
+        s_out = None if out.s is None else out.s.view(s.shape)
         ctx.keeps_output = h.dtype in _SHARED_WITH_BLOCK
-        ctx.present = [weight is not None for weight in weights]
-        kept = h_out if ctx.keeps_output else h
-        ctx.save_for_backward(kept, s, out.bottleneck, *(weight for weight in weights if weight is not None))
+        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, out.scale)
+        # The diagonal's part of the correction needs the new state; the following step keeps it anyway.
+        kept += (s_out if ctx.keeps_output and w.diagonal is not None else None,)
+        ctx.present = [tensor is not None for tensor in (*kept, *weights)]
+        ctx.save_for_backward(*(tensor for tensor in (*kept, *weights) if tensor is not None))
         ctx.set_materialize_grads(False)
-        return h_out if out.s is None else (h_out, out.s.view(s.shape))
+        return h_out if s_out is None else (h_out, s_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        kept, s, bottleneck, *present = ctx.saved_tensors
-        supply = iter(present)
-        w = StepWeights(*(next(supply) if there else None for there in ctx.present))
+        supply = iter(ctx.saved_tensors)
+        kept, s, bottleneck, scale, s_out, *weights = (next(supply) if there else None for there in ctx.present)
+        w = StepWeights(*weights)
         shape, width = kept.shape, kept.shape[-1]
+        s_out = None if w.diagonal is None else (s if s_out is None else s_out).reshape(-1, width)
         kept, s = kept.reshape(-1, width), s.reshape(-1, width)
         grad_h = torch.zeros_like(kept) if grads[0] is None else grads[0].reshape(-1, width)
         grad_s = grads[1].reshape(-1, width) if len(grads) > 1 and grads[1] is not None else None
         needs_grad_h = ctx.needs_input_grad[2]
         with torch.autocast(kept.device.type, enabled=False):
-            h = reference.without_correction(ctx.spec, kept, bottleneck, w) if ctx.keeps_output else kept
+            h = kept
+            if ctx.keeps_output:
+                h = reference.without_correction(ctx.spec, kept, s_out, bottleneck, scale, w)
             found = _implementation(ctx.backend).backward(
                 ctx.spec,
                 grad_h=grad_h,

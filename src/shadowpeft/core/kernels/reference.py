@@ -12,19 +12,20 @@ from torch import Tensor
 
 from shadowpeft.core.kernels.masks import Masks
 from shadowpeft.core.kernels.spec import StepSpec, StepWeights
-from shadowpeft.core.step import ACTIVATIONS, discrepancy, inject, update
+from shadowpeft.core.step import ACTIVATIONS, discrepancy, inject, rms, update
 
 
 class StepOutput(NamedTuple):
     """``h`` and ``s`` behind the step, the dropped bottleneck [N, r], and the dropout state (None without dropout).
 
-    ``s`` is None where the step has no update.
+    ``s`` is None where the step has no update; ``scale`` [N, 1] is the RMS of ``h``, None where s is not scaled.
     """
 
     h: Tensor
     s: Tensor | None
     bottleneck: Tensor
     rng_state: Tensor | None
+    scale: Tensor | None = None
 
 
 class StepGradients(NamedTuple):
@@ -54,21 +55,42 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     """Eq. 2-7, 13 and 14 on [N, d] tensors."""
     masks = Masks(h.device) if spec.has_dropout else None
     state = None if w.W_T1 is None else _updated(spec, h, s, w, masks).state.to(s.dtype)
-    source, mask = _source(spec, h, s if state is None else state, w, masks)
+    scale = rms(h) if spec.scales_state else None
+    scaled = _scaled(s if state is None else state, scale)
+    source, mask = _source(spec, h, scaled, w, masks)
     bottleneck = source @ w.W_down
     if mask is not None and not spec.drop_input:
         bottleneck = bottleneck * mask
     return StepOutput(
-        h=inject(h, bottleneck @ w.W_up, spec.alpha),
+        h=inject(h, _lifted(bottleneck, scaled, w), spec.alpha),
         s=state,
         bottleneck=bottleneck,
         rng_state=None if masks is None else masks.state,
+        scale=scale,
     )
 
 
-def without_correction(spec: StepSpec, h_out: Tensor, bottleneck: Tensor, w: StepWeights) -> Tensor:
-    """``h`` from the corrected ``h_out``: the same product, subtracted. Exact but for the rounding of ``h_out``."""
-    return inject(h_out, bottleneck @ w.W_up, -spec.alpha)
+def without_correction(
+    spec: StepSpec, h_out: Tensor, s_out: Tensor | None, bottleneck: Tensor, scale: Tensor | None, w: StepWeights
+) -> Tensor:
+    """``h`` from the corrected ``h_out``: the same correction, subtracted. Exact but for the rounding of ``h_out``.
+
+    Args:
+        s_out: the state that was injected, [N, d]; read only where there is a diagonal.
+        bottleneck, scale: what came out of :func:`forward`.
+    """
+    scaled = h_out if s_out is None else _scaled(s_out, scale)
+    return inject(h_out, _lifted(bottleneck, scaled, w), -spec.alpha)
+
+
+def _scaled(s: Tensor, scale: Tensor | None) -> Tensor:
+    return s if scale is None else s * scale
+
+
+def _lifted(bottleneck: Tensor, scaled: Tensor, w: StepWeights) -> Tensor:
+    """Eq. 3 from its bottleneck on, and the diagonal's part, [N, d]."""
+    lifted = bottleneck @ w.W_up
+    return lifted if w.diagonal is None else lifted.addcmul_(w.diagonal, scaled.to(lifted.dtype))
 
 
 def backward(
@@ -94,7 +116,9 @@ def backward(
     masks = None if rng_state is None else Masks(h.device, rng_state)
     updated = None if w.W_T1 is None else _updated(spec, h, s, w, masks)
     state = s if updated is None else updated.state.to(s.dtype)
-    source, mask = _source(spec, h, state, w, masks)
+    scale = rms(h) if spec.scales_state else None
+    scaled = _scaled(state, scale)
+    source, mask = _source(spec, h, scaled, w, masks)
 
     grad = grad_h.to(dtype)
     grad_bottleneck = (grad @ w.W_up.t()).mul_(spec.alpha)
@@ -112,6 +136,14 @@ def backward(
     if needs_grad_h:
         grad_into_h = grad if spec.from_state else grad + grad_source
     grad_state = grad_source if spec.from_state else grad_source.neg_()
+    if w.diagonal is not None:
+        grads = grads._replace(diagonal=(grad * scaled).sum(0).mul_(spec.alpha))
+        grad_state = grad_state.addcmul_(grad, w.diagonal, value=spec.alpha)
+    if scale is not None:
+        if grad_into_h is not None:
+            along = (grad_state * state).sum(-1, keepdim=True) / (scale * h.shape[-1])
+            grad_into_h = torch.addcmul(grad_into_h, along.to(dtype), h.to(dtype))
+        grad_state = grad_state.mul_(scale)
     if grad_s is not None:
         grad_state = grad_state.add_(grad_s.to(dtype))
     if updated is not None:

@@ -19,6 +19,7 @@ class StepSpec:
         drop_input: dropout on the d-wide input of W_down instead of on its r-wide result.
         inject_dropout, transform_dropout: probabilities in effect; 0 outside training.
         norm_eps: the LayerNorm's epsilon.
+        scales_state: s is multiplied by the RMS of h wherever it meets h.
     """
 
     alpha: float
@@ -28,6 +29,7 @@ class StepSpec:
     inject_dropout: float = 0.0
     transform_dropout: float = 0.0
     norm_eps: float = 1e-5
+    scales_state: bool = False
 
     @property
     def has_dropout(self) -> bool:
@@ -44,13 +46,15 @@ class StepSpec:
             inject_dropout=dropout,
             transform_dropout=dropout if config.transform_dropout else 0.0,
             norm_eps=norm_eps,
+            scales_state=config.scale_state,
         )
 
 
 class StepWeights(NamedTuple):
     """The weights of one step; an update's are None in front of the first refined block, unused ones always.
 
-    W_down [d, r], W_up [r, d]; W_T1, W_G1 [d, h_g]; W_T2, W_G2 [h_g, d]; biases and norm as their names say.
+    W_down [d, r], W_up [r, d], diagonal [d]; W_T1, W_G1 [d, h_g]; W_T2, W_G2 [h_g, d]; biases and norm as their
+    names say.
     """
 
     W_down: Tensor
@@ -65,3 +69,4 @@ class StepWeights(NamedTuple):
     b_G2: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
+    diagonal: Tensor | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from shadowpeft.core.kernels.reference import StepGradients, StepOutput
 from shadowpeft.core.kernels.spec import StepSpec, StepWeights
+from shadowpeft.core.step import RMS_EPS
 
 _TOKENS, _COLUMNS = 16, 64
 # Parts of the token axis that the second backward kernel walks over at the same time.
@@ -89,6 +90,16 @@ def _moments(h, rows, stride, N, D, eps, BLOCK_T: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
+def _rms(h, rows, stride, N, D, eps, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The root mean square of every row."""
+    squares = tl.zeros([BLOCK_T], tl.float32)
+    for start in range(0, D, BLOCK_D):
+        values = _tile(h, rows, start + tl.arange(0, BLOCK_D), stride, N, D)
+        squares += tl.sum(values * values, 1)
+    return tl.sqrt(squares / D + eps)
+
+
+@triton.jit
 def _normed(values, columns, mean, rstd, norm_weight, norm_bias, D, HAS_NORM: tl.constexpr):
     if HAS_NORM:
         weight, bias = _vector(norm_weight, columns, D), _vector(norm_bias, columns, D)
@@ -128,9 +139,10 @@ def _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D,
 
 
 @triton.jit
-def _forward(h, s, h_out, s_out, bottleneck, W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2,
-             norm_weight, norm_bias, seed, N, D, R, HG, h_stride, s_stride, alpha, eps, inject_dropout,
-             transform_dropout, HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
+def _forward(h, s, h_out, s_out, bottleneck, scales, W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2,
+             norm_weight, norm_bias, diagonal, seed, N, D, R, HG, h_stride, s_stride, alpha, eps, rms_eps,
+             inject_dropout, transform_dropout, SCALES: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
+             HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
              FROM_STATE: tl.constexpr, DROPS_INJECT: tl.constexpr, DROPS_TRANSFORM: tl.constexpr,
              PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, RP: tl.constexpr,
              HP: tl.constexpr):  # fmt: skip
@@ -148,6 +160,10 @@ def _forward(h, s, h_out, s_out, bottleneck, W_down, W_up, W_T1, W_T2, W_G1, W_G
         act_T, act_G = _act(pre_T, GELU), _act(pre_G, GELU)
         if DROPS_TRANSFORM:
             act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
+    scale = tl.full([BLOCK_T], 1.0, tl.float32)
+    if SCALES:
+        scale = _rms(h, rows, h_stride, N, D, rms_eps, BLOCK_T, BLOCK_D)
+        tl.store(scales + rows, scale, mask=rows < N)
     z = tl.zeros([BLOCK_T, RP], tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
@@ -156,9 +172,9 @@ def _forward(h, s, h_out, s_out, bottleneck, W_down, W_up, W_T1, W_T2, W_G1, W_G
             _, _, state = _new_state(s, state, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
                                      HAS_BIAS, PRECISION)  # fmt: skip
             _put(s_out, state, rows, columns, D, N, D)
-        source = state
+        source = state * scale[:, None]
         if not FROM_STATE:
-            source = _tile(h, rows, columns, h_stride, N, D) - state
+            source = _tile(h, rows, columns, h_stride, N, D) - source
         z += _dot(source, _tile(W_down, columns, ranks, R, D, R), PRECISION)
     if DROPS_INJECT:
         z *= _mask(seed, rows, ranks, RP, inject_dropout)
@@ -166,13 +182,32 @@ def _forward(h, s, h_out, s_out, bottleneck, W_down, W_up, W_T1, W_T2, W_G1, W_G
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         lifted = _dot(z, _tile(W_up, ranks, columns, D, R, D), PRECISION)
+        if HAS_DIAGONAL:
+            state = _tile(s, rows, columns, s_stride, N, D)
+            if HAS_UPDATE:  # once more: what the first walk stored need not be visible to other threads yet
+                _, _, state = _new_state(s, state, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+                                         HAS_BIAS, PRECISION)  # fmt: skip
+            lifted += _vector(diagonal, columns, D)[None, :] * state * scale[:, None]
         _put(h_out, _tile(h, rows, columns, h_stride, N, D) + alpha * lifted, rows, columns, D, N, D)
 
 
 @triton.jit
+def _grad_scaled(dz, grad_h, rows, columns, ranks, W_down, diagonal, alpha, N, D, R,
+                 FROM_STATE: tl.constexpr, HAS_DIAGONAL: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The gradient of the state as it met h, for some columns."""
+    grad = _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
+    if not FROM_STATE:
+        grad = -grad
+    if HAS_DIAGONAL:
+        grad += alpha * _tile(grad_h, rows, columns, D, N, D) * _vector(diagonal, columns, D)[None, :]
+    return grad
+
+
+@triton.jit
 def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T, grad_G, means, rstds,
-                     W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2, norm_weight, norm_bias,
-                     seed, N, D, R, HG, h_stride, s_stride, alpha, eps, inject_dropout, transform_dropout,
+                     scales, W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2, norm_weight, norm_bias,
+                     diagonal, seed, N, D, R, HG, h_stride, s_stride, alpha, eps, rms_eps, inject_dropout,
+                     transform_dropout, SCALES: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
                      HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
                      FROM_STATE: tl.constexpr, DROPS_INJECT: tl.constexpr, DROPS_TRANSFORM: tl.constexpr,
                      HAS_GRAD_S: tl.constexpr, NEEDS_H: tl.constexpr, PRECISION: tl.constexpr,
@@ -209,16 +244,26 @@ def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T,
             act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
         _put(kept_T, act_T, rows, narrow, HG, N, HG)
         _put(kept_G, act_G, rows, narrow, HG, N, HG)
+    scale = tl.full([BLOCK_T], 1.0, tl.float32)
+    if SCALES:
+        scale = _rms(h, rows, h_stride, N, D, rms_eps, BLOCK_T, BLOCK_D)
+        tl.store(scales + rows, scale, mask=rows < N)
+    d_scale = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        d_source = _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
-        d_state = d_source if FROM_STATE else -d_source
+        old = _tile(s, rows, columns, s_stride, N, D)
+        state, t, g = old, old, old
+        if HAS_UPDATE:
+            t, g, state = _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+                                     HAS_BIAS, PRECISION)  # fmt: skip
+        d_state = _grad_scaled(dz, grad_h, rows, columns, ranks, W_down, diagonal, alpha, N, D, R,
+                               FROM_STATE, HAS_DIAGONAL, PRECISION)  # fmt: skip
+        if SCALES:
+            d_scale += tl.sum(d_state * state, 1)
+            d_state *= scale[:, None]
         if HAS_GRAD_S:
             d_state += _tile(grad_s, rows, columns, D, N, D)
         if HAS_UPDATE:
-            old = _tile(s, rows, columns, s_stride, N, D)
-            t, g, _ = _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
-                                 HAS_BIAS, PRECISION)  # fmt: skip
             dt = d_state * g
             dg = dt * (t - old) * (1.0 - g)
             d_T += _dot(dt, tl.trans(_tile(W_T2, narrow, columns, D, HG, D)), PRECISION)
@@ -249,6 +294,8 @@ def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T,
             out = _tile(grad_h, rows, columns, D, N, D)
             if not FROM_STATE:
                 out += _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
+            if SCALES:
+                out += _tile(h, rows, columns, h_stride, N, D) * (d_scale / (scale * D))[:, None]
             if HAS_UPDATE:
                 dx = _dot(d_T, tl.trans(_tile(W_T1, columns, narrow, HG, D, HG)), PRECISION)
                 dx += _dot(d_G, tl.trans(_tile(W_G1, columns, narrow, HG, D, HG)), PRECISION)
@@ -262,15 +309,16 @@ def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T,
 
 @triton.jit
 def _backward_weights(h, s, grad_h, grad_s, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, means, rstds,
-                      W_down, W_T1, W_T2, W_G1, W_G2, b_T2, b_G2, norm_weight, norm_bias, tall, flat, vectors,
-                      N, D, R, HG, h_stride, s_stride, alpha, rows_a_split,
+                      scales, W_down, W_T1, W_T2, W_G1, W_G2, b_T2, b_G2, norm_weight, norm_bias, diagonal, tall, flat,
+                      vectors, N, D, R, HG, h_stride, s_stride, alpha, rows_a_split,
+                      SCALES: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
                       HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
                       FROM_STATE: tl.constexpr, HAS_GRAD_S: tl.constexpr, PRECISION: tl.constexpr,
                       BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, RP: tl.constexpr, HP: tl.constexpr):  # fmt: skip
     """Sums over the tokens of one split, for some columns.
 
     ``tall`` [splits, D, R + 2 HG]: W_down, W_T1, W_G1; ``flat`` [splits, R + 2 HG, D]: W_up, W_T2, W_G2;
-    ``vectors`` [splits, 4, D]: b_T2, b_G2, norm weight, norm bias.
+    ``vectors`` [splits, 5, D]: b_T2, b_G2, norm weight, norm bias, diagonal.
     """
     columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split = tl.program_id(1)
@@ -278,7 +326,7 @@ def _backward_weights(h, s, grad_h, grad_s, bottleneck, grad_z, kept_T, kept_G, 
     wide = R + 2 * HG
     tall += split.to(tl.int64) * D * wide
     flat += split.to(tl.int64) * D * wide
-    vectors += split.to(tl.int64) * D * 4
+    vectors += split.to(tl.int64) * D * 5
     d_down = tl.zeros([BLOCK_D, RP], tl.float32)
     d_up = tl.zeros([RP, BLOCK_D], tl.float32)
     d_T1 = tl.zeros([BLOCK_D, HP], tl.float32)
@@ -289,6 +337,7 @@ def _backward_weights(h, s, grad_h, grad_s, bottleneck, grad_z, kept_T, kept_G, 
     d_b_G2 = tl.zeros([BLOCK_D], tl.float32)
     d_weight = tl.zeros([BLOCK_D], tl.float32)
     d_bias = tl.zeros([BLOCK_D], tl.float32)
+    d_diagonal = tl.zeros([BLOCK_D], tl.float32)
     for start in range(split * rows_a_split, tl.minimum((split + 1) * rows_a_split, N), BLOCK_T):
         rows = start + tl.arange(0, BLOCK_T)
         dz = _tile(grad_z, rows, ranks, R, N, R)
@@ -296,14 +345,17 @@ def _backward_weights(h, s, grad_h, grad_s, bottleneck, grad_z, kept_T, kept_G, 
         values = _tile(h, rows, columns, h_stride, N, D)
         old = _tile(s, rows, columns, s_stride, N, D)
         state = old
+        scale = tl.full([BLOCK_T], 1.0, tl.float32)
+        if SCALES:
+            scale = _vector(scales, rows, N)
         d_up += _dot(tl.trans(z), _tile(grad_h, rows, columns, D, N, D), PRECISION)
         if HAS_UPDATE:
             act_T = _tile(kept_T, rows, narrow, HG, N, HG)
             act_G = _tile(kept_G, rows, narrow, HG, N, HG)
             t, g, state = _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
                                      HAS_BIAS, PRECISION)  # fmt: skip
-            d_source = _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
-            d_state = d_source if FROM_STATE else -d_source
+            d_state = scale[:, None] * _grad_scaled(dz, grad_h, rows, columns, ranks, W_down, diagonal, alpha, N, D, R,
+                                                    FROM_STATE, HAS_DIAGONAL, PRECISION)  # fmt: skip
             if HAS_GRAD_S:
                 d_state += _tile(grad_s, rows, columns, D, N, D)
             dt = d_state * g
@@ -326,10 +378,15 @@ def _backward_weights(h, s, grad_h, grad_s, bottleneck, grad_z, kept_T, kept_G, 
             if HAS_BIAS:
                 d_b_T2 += tl.sum(dt, 0)
                 d_b_G2 += tl.sum(dg, 0)
-        source = state if FROM_STATE else values - state
+        scaled = state * scale[:, None]
+        if HAS_DIAGONAL:
+            d_diagonal += tl.sum(scaled * _tile(grad_h, rows, columns, D, N, D), 0)
+        source = scaled if FROM_STATE else values - scaled
         d_down += _dot(tl.trans(source), dz, PRECISION)
     _put(tall, d_down, columns, ranks, wide, D, R)
     _put(flat, alpha * d_up, ranks, columns, D, R, D)
+    if HAS_DIAGONAL:
+        tl.store(vectors + 4 * D + columns, alpha * d_diagonal, mask=columns < D)
     if HAS_UPDATE:
         _put(tall + R, d_T1, columns, narrow, wide, D, HG)
         _put(tall + R + HG, d_G1, columns, narrow, wide, D, HG)
@@ -350,11 +407,12 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     h_out = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     s_out = None if w.W_T1 is None else torch.empty(s.shape, dtype=s.dtype, device=s.device)
     bottleneck = torch.empty(num_tokens, w.W_down.shape[1], dtype=torch.float32, device=h.device)
+    scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=h.device) if spec.scales_state else None
     _forward[(triton.cdiv(num_tokens, _TOKENS),)](
-        h, s, h_out, h_out if s_out is None else s_out, bottleneck, *_pointers(w, h), *_numbers(spec, h, s, w, seed),
-        **_switches(spec, h, w),
+        h, s, h_out, h_out if s_out is None else s_out, bottleneck, bottleneck if scale is None else scale,
+        *_pointers(w, h), *_numbers(spec, h, s, w, seed), **_switches(spec, h, w),
     )  # fmt: skip
-    return StepOutput(h_out, s_out, bottleneck, seed)
+    return StepOutput(h_out, s_out, bottleneck, seed, scale)
 
 
 def backward(
@@ -381,14 +439,14 @@ def backward(
 
     grad_h_in = torch.empty(h.shape, dtype=h.dtype, device=h.device) if needs_grad_h else None
     grad_s_in = torch.empty(s.shape, dtype=s.dtype, device=s.device)
-    grad_z, mean, rstd = narrow(rank), narrow(1), narrow(1)
+    grad_z, mean, rstd, scale = narrow(rank), narrow(1), narrow(1), narrow(1)
     kept_T, kept_G, grad_T, grad_G = (narrow(hidden) for _ in range(4))
     switches = _switches(spec, h, w)
     has_grad_s = grad_s is not None
     upstream = (grad_h, grad_s if grad_s is not None else grad_h)
     _backward_tokens[(triton.cdiv(num_tokens, _TOKENS),)](
         h, s, *upstream, grad_s_in if grad_h_in is None else grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T,
-        grad_G, mean, rstd, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
+        grad_G, mean, rstd, scale, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
         HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches,
     )  # fmt: skip
     splits = max(min(_MOST_SPLITS, triton.cdiv(num_tokens, 8 * _TOKENS)), 1)
@@ -396,15 +454,15 @@ def backward(
     wide = rank + 2 * hidden
     tall = torch.empty(splits, width, wide, dtype=torch.float32, device=h.device)
     flat = torch.empty(splits, wide, width, dtype=torch.float32, device=h.device)
-    vectors = torch.empty(splits, 4, width, dtype=torch.float32, device=h.device)
+    vectors = torch.empty(splits, 5, width, dtype=torch.float32, device=h.device)
     p = dict(zip(StepWeights._fields, _pointers(w, h), strict=True))
     for unused in ("GELU", "DROPS_INJECT", "DROPS_TRANSFORM"):
         del switches[unused]
     _backward_weights[(triton.cdiv(width, _COLUMNS), splits)](
-        h, s, *upstream, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, mean, rstd,
+        h, s, *upstream, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, mean, rstd, scale,
         p["W_down"], p["W_T1"], p["W_T2"], p["W_G1"], p["W_G2"], p["b_T2"], p["b_G2"], p["norm_weight"],
-        p["norm_bias"], tall, flat, vectors, num_tokens, width, rank, hidden, h.stride(0), s.stride(0), spec.alpha,
-        rows_a_split, HAS_GRAD_S=has_grad_s, **switches,
+        p["norm_bias"], p["diagonal"], tall, flat, vectors, num_tokens, width, rank, hidden, h.stride(0), s.stride(0),
+        spec.alpha, rows_a_split, HAS_GRAD_S=has_grad_s, **switches,
     )  # fmt: skip
     found = _gradients(given, tall.sum(0), flat.sum(0), vectors.sum(0), grad_T, grad_G)
     return StepGradients(grad_h_in, grad_s_in, found)
@@ -422,6 +480,7 @@ def _gradients(
         "W_up": flat[: ends[0]], "W_T2": flat[ends[0] : ends[1]], "W_G2": flat[ends[1] : ends[2]],
         "b_T1": grad_T.sum(0), "b_G1": grad_G.sum(0),
         "b_T2": vectors[0], "b_G2": vectors[1], "norm_weight": vectors[2], "norm_bias": vectors[3],
+        "diagonal": vectors[4],
     }  # fmt: skip
     there = {name: weight for name, weight in w._asdict().items() if weight is not None}
     return StepWeights(**{name: found[name].to(weight.dtype) for name, weight in there.items()})
@@ -444,13 +503,15 @@ def _numbers(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights, seed: Tensor 
     hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
     return [
         0 if seed is None else int(seed), *h.shape, w.W_down.shape[1], hidden, h.stride(0), s.stride(0),
-        spec.alpha, spec.norm_eps, spec.inject_dropout, spec.transform_dropout,
+        spec.alpha, spec.norm_eps, RMS_EPS, spec.inject_dropout, spec.transform_dropout,
     ]  # fmt: skip
 
 
 def _switches(spec: StepSpec, h: Tensor, w: StepWeights) -> dict[str, Any]:
     hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
     return {
+        "SCALES": spec.scales_state,
+        "HAS_DIAGONAL": w.diagonal is not None,
         "HAS_UPDATE": w.W_T1 is not None,
         "HAS_NORM": w.norm_weight is not None,
         "HAS_BIAS": w.b_T1 is not None,
