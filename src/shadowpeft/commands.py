@@ -28,7 +28,7 @@ from shadowpeft.files import write_files
 from shadowpeft.generate import SpeculativeConfig, as_speculative, collect_statistics
 from shadowpeft.model import ARCHITECTURES, ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
-from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.load import load_with_tokenizer
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import load_rows, prompt_ids
 from shadowpeft.train.run import ADAPTER_FOLDER, Trained, task_named
@@ -133,22 +133,6 @@ def demo(flags: dict[str, Any], console: Console) -> dict[str, Any] | None:
     return train(TrainConfig.from_dict(settings), console)
 
 
-def load(
-    adapter: str, *, base: str | None = None, allow_other_weights: bool = False
-) -> tuple[ShadowModel, PreTrainedTokenizerBase]:
-    """A saved adapter on its base, and the tokenizer saved with it (else the base's)."""
-    folder = checkpoints.find_folder(adapter)
-    described = checkpoints.read_config(folder)["base"]
-    name = base or described["name_or_path"]
-    loaded = None
-    if base is not None:
-        loaded = load_model(base, labels=checkpoints.label_names(described))
-    model = ShadowModel.from_pretrained(folder, loaded, allow_other_weights=allow_other_weights)
-    tokenizer = load_tokenizer(str(folder) if (folder / "tokenizer_config.json").is_file() else name)
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
-
-
 def evaluate(
     adapter: str,
     console: Console,
@@ -168,7 +152,7 @@ def evaluate(
     chosen = task_named(task)
     modes = list(check_modes(modes))
     rows = load_rows(chosen, split, source=Path(data) if data else None, limit=limit)
-    model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
+    model, tokenizer = load_with_tokenizer(adapter, base=base, allow_other_weights=allow_other_weights)
     _check_kind(chosen, model)
     labels = None
     if chosen.kind == "classification":
@@ -228,7 +212,7 @@ def generate(
     require(temperature >= 0, "temperature", temperature, "at least 0")
     require(0 < top_p <= 1, "top_p", top_p, "a share above 0, up to 1")
     options = {} if speculative is None else {"speculative": _drafts(speculative, mode)}
-    model, tokenizer = load(adapter, base=base, allow_other_weights=allow_other_weights)
+    model, tokenizer = load_with_tokenizer(adapter, base=base, allow_other_weights=allow_other_weights)
     if task is not None:
         _check_kind(task_named(task), model)
     torch.manual_seed(seed)
@@ -319,8 +303,7 @@ def _description(folder: Path) -> dict[str, str]:
     size = (folder / checkpoints.WEIGHTS_FILE).stat().st_size if (folder / checkpoints.WEIGHTS_FILE).is_file() else 0
     settings = {key: json.dumps(value) for key, value in sorted(described["shadow"].items()) if value is not None}
     return {
-        "base": f"{base['name_or_path']} ({base['architecture']}, "
-        f"{base['num_blocks']} blocks of {base['hidden_size']})",
+        "base": f"{base['name_or_path']} ({base['architecture']}, {base['num_blocks']} blocks of {base['hidden_size']})",
         "weights": f"{size:,} bytes",
         "written by": f"shadowpeft {described['library_version']}",
         **settings,

@@ -33,7 +33,7 @@ class Words:
 @pytest.fixture
 def answers(monkeypatch):
     model = adapted("llama", num_hidden_layers=2)
-    monkeypatch.setattr(commands, "load", lambda *args, **kwargs: (model, Words()))
+    monkeypatch.setattr(commands, "load_with_tokenizer", lambda *args, **kwargs: (model, Words()))
     monkeypatch.setattr(commands, "_prompt_ids", lambda prompt, task, tokenizer: [int(word) for word in prompt.split()])
 
     def run(mode="attached", **options):

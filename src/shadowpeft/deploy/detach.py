@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowpeft.deploy.load import new_folder
 from shadowpeft.errors import ShadowPeftError
-from shadowpeft.files import write_files
+from shadowpeft.files import new_folder, write_files
 from shadowpeft.model import ShadowModel
 
 NUM_PROBE_TOKENS = 8

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.deploy.gguf_tokenizer import tokenizer_metadata
-from shadowpeft.deploy.load import new_folder
 from shadowpeft.deploy.packages import ExportError, check_generates, need
-from shadowpeft.files import write_files
+from shadowpeft.files import new_folder, write_files
 
 GGUF_FILE = "model.gguf"
 SUPPORTED = ("llama", "qwen3")

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowpeft.deploy.load import new_folder
 from shadowpeft.deploy.onnx_model import OnnxModel
 from shadowpeft.deploy.packages import ExportError, check_generates, need
-from shadowpeft.files import write_files
+from shadowpeft.files import new_folder, write_files
 
 ONNX_FILE = "model.onnx"
 # Protobuf ends at 2 GB, so larger weights go into a file beside the graph.
@@ -155,8 +154,7 @@ def check_onnx(path: Path, model: PreTrainedModel) -> None:
     difference = (found - expected).abs().amax().item()
     if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().amax().item()):
         raise ExportError(
-            f"onnxruntime's logits differ by {difference:.2e} from torch's for {type(model).__name__}; nothing was "
-            "written"
+            f"onnxruntime's logits differ by {difference:.2e} from torch's for {type(model).__name__}; nothing was written"
         )
 
 
