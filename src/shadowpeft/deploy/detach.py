@@ -89,4 +89,4 @@ def _stored_as(detached: PreTrainedModel, dtype: torch.dtype | None) -> PreTrain
     if dtype is None or detached.dtype == dtype:
         return detached
     # Not in place: the token table and the head may be the base's own tensors.
-    return copy.deepcopy(detached).to(dtype)
+    return copy.deepcopy(detached).to(dtype)  # type: ignore[arg-type]

@@ -68,7 +68,8 @@ def write_onnx(
 
 def _traced(model: PreTrainedModel) -> Any:
     try:
-        from transformers.exporters import OnnxConfig, OnnxExporter
+        from transformers.exporters.configs import OnnxConfig
+        from transformers.exporters.exporter_onnx import OnnxExporter
     except ImportError as error:
         raise ExportError("ONNX export needs transformers.exporters: upgrade transformers (5.23 has it)") from error
     if getattr(model.config, "_experts_implementation", None) is not None:

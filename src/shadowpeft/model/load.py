@@ -35,7 +35,7 @@ def load_with_tokenizer(
         ArchitectureError: neither the adapter nor its base has a tokenizer.
     """
     model, tokenizer = load_attached(adapter, base=base, allow_other_weights=allow_other_weights)
-    tokenizer = tokenizer or load_tokenizer(model.base.name_or_path)  # which says what is missing
+    tokenizer = tokenizer or load_tokenizer(model.base.name_or_path or adapter)  # which says what is missing
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
