@@ -42,7 +42,7 @@ $(VENV)/.package: pyproject.toml
 
 # shadow-peft pins nothing we need; without --no-deps it would bring its training stack.
 $(VENV)/.tests: $(VENV)/.package
-	$(PIP) --editable '.[test,export,serve]'
+	$(PIP) --editable '.[test,export,serve,docs]'
 	$(PIP) --no-deps shadow-peft==0.1.1
 	touch $@
 
