@@ -25,9 +25,10 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from decode_rows import Contender, lora_rows, our_rows, peer_rows, step_bytes
-from shadowpeft import ShadowModel, SpeculativeConfig, collect_statistics, commands, get_shadow_model
+from shadowpeft import ShadowModel, SpeculativeConfig, collect_statistics, get_shadow_model
 from shadowpeft.evaluate.record import origin, write_record
 from shadowpeft.model import checkpoint
+from shadowpeft.model.load import load_with_tokenizer
 from shadowpeft.train.data import load_rows, prompt_ids
 from shadowpeft.train.tasks import TASKS
 from shapes import SHAPES, sharing_copy
@@ -87,9 +88,7 @@ def parse() -> argparse.Namespace:
     options.shape = "tiny" if options.tiny else options.shape
     options.trials = options.trials or (2 if options.tiny else 7)
     options.new_tokens = options.new_tokens or (8 if options.tiny else 48)
-    options.acceptance = (
-        ([0.5, 0.7, 0.9] if options.shape else []) if options.acceptance is None else options.acceptance
-    )
+    options.acceptance = ([0.5, 0.7, 0.9] if options.shape else []) if options.acceptance is None else options.acceptance
     options.dtype = getattr(torch, options.dtype or ("float32" if options.device == "cpu" else "bfloat16"))
     return options
 
@@ -142,7 +141,7 @@ def shape_setting(options: argparse.Namespace) -> tuple:
 
 
 def adapter_setting(options: argparse.Namespace) -> tuple:
-    loaded, tokenizer = commands.load(options.adapter, base=options.base)
+    loaded, tokenizer = load_with_tokenizer(options.adapter, base=options.base)
     base = loaded.unload().to(options.device)
     plain = sharing_copy(base)
     model = ShadowModel.from_pretrained(checkpoint.find_folder(options.adapter), base, allow_other_weights=True)
@@ -164,9 +163,7 @@ def common_tokens(task: Any, tokenizer: Any, options: argparse.Namespace) -> lis
     if not options.draft_vocabulary:
         return None
     rows = load_rows(task, "train", source=options.data, limit=5000)
-    ids = torch.tensor(
-        [token for row in rows for token in tokenizer(task.target(row), add_special_tokens=False)["input_ids"]]
-    )
+    ids = torch.tensor([token for row in rows for token in tokenizer(task.target(row), add_special_tokens=False)["input_ids"]])
     common = ids.bincount().argsort(descending=True)[: options.draft_vocabulary].tolist()
     return [*common, *options.end_tokens]
 
@@ -222,9 +219,7 @@ def run(
 ) -> tuple[Tensor, float]:
     """(sequences, seconds)."""
     ends = getattr(options, "end_tokens", None)
-    config = GenerationConfig(
-        max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0, use_cache=True
-    )
+    config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0, use_cache=True)
     more = row.options(known) if callable(row.options) else row.options
     if "assistant_model" in more and new_tokens == 1:
         more = {}  # transformers drafts nothing here

@@ -18,9 +18,9 @@ from rich.table import Table
 
 from shadowpeft.deploy.commands import detach, export
 from shadowpeft.deploy.gguf import SUPPORTED
-from shadowpeft.deploy.load import find_tokenizer
 from shadowpeft.deploy.measure import measure
 from shadowpeft.errors import DataError
+from shadowpeft.model.load import find_tokenizer
 from shadowpeft.model.pretrained import read_raw_config
 from shadowpeft.train.text import stream_texts
 

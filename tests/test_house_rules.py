@@ -22,9 +22,9 @@ CHANGES = {
     ("core/run.py", "ShadowRun.step", "_states"): "a run is one call's own value, made for it and dropped with it",
     ("core/lean.py", "_Recorder._keep", "_kept"): "a recorder is one forward pass's own value, dropped with its graph",
     ("core/lean.py", "_Recorder._note", "_origins"): "a recorder is one forward pass's own value, dropped with its graph",
-    ("model/wrapper.py", "ShadowModel.set_adapter", "active_adapter"): "the user's setting; a call never changes it",
-    ("model/wrapper.py", "ShadowModel._register", "networks"): "adding an adapter, asked for by the user",
-    ("model/wrapper.py", "ShadowModel.delete_adapter", "networks"): "deleting an adapter, asked for by the user",
+    ("model/adapters.py", "AdaptedModel.set_adapter", "active_adapter"): "the user's setting; a call never changes it",
+    ("model/adapters.py", "AdaptedModel._register", "networks"): "adding an adapter, asked for by the user",
+    ("model/adapters.py", "AdaptedModel.delete_adapter", "networks"): "deleting an adapter, asked for by the user",
 }
 
 

@@ -14,6 +14,7 @@ from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 
 from shadowpeft import cli_deploy, commands
+from shadowpeft.cli_options import Adapter, Base, Data, OtherWeights, Out
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.config import PRESETS
 from shadowpeft.deploy import commands as deploying
@@ -84,17 +85,17 @@ def train(
 
 @app.command("eval")
 def evaluate(
-    adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
+    adapter: Adapter,
     task: Annotated[str, typer.Option(help="task to score on")] = "robot",
-    data: Annotated[str | None, typer.Option(help="folder or file with the data; default: the hub")] = None,
-    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
+    data: Data = None,
+    base: Base = None,
     modes: Annotated[str, typer.Option(help="any of base,attached,detached")] = "base,attached,detached",
     split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
     limit: Annotated[int | None, typer.Option(help="score at most this many rows")] = None,
     batch_size: Annotated[int, typer.Option(help="rows a batch")] = 64,
     max_length: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
     output: Annotated[Path | None, typer.Option(help="write scores and generations to this JSON file")] = None,
-    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+    allow_other_weights: OtherWeights = False,
 ) -> None:
     """Score a saved adapter under the prompts of a task."""
     commands.evaluate(
@@ -115,11 +116,11 @@ def evaluate(
 
 @app.command()
 def generate(
-    adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
+    adapter: Adapter,
     prompts: Annotated[list[str], typer.Argument(help="one or more prompts")],
     task: Annotated[str | None, typer.Option(help="phrase the prompts as this task does; default: as they are")] = None,
     mode: Annotated[str, typer.Option(help="base, attached or detached")] = "attached",
-    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
+    base: Base = None,
     max_new_tokens: Annotated[int, typer.Option(help="tokens at most")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token")] = 0.0,
     top_p: Annotated[float, typer.Option(help="nucleus of sampling")] = 1.0,
@@ -127,7 +128,7 @@ def generate(
     speculative: Annotated[
         str | None, typer.Option(help="let the shadow draft so many tokens a round, or 'auto'; the answers stay the same")
     ] = None,
-    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+    allow_other_weights: OtherWeights = False,
 ) -> None:
     """Answer prompts with a saved adapter."""
     commands.generate(
@@ -183,11 +184,11 @@ def pretrain(
 
 @app.command()
 def detach(
-    adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
-    out: Annotated[str, typer.Argument(help="empty or absent folder")],
-    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
+    adapter: Adapter,
+    out: Out,
+    base: Base = None,
     dtype: Annotated[str | None, typer.Option(help="stored dtype; default: the adapter's")] = None,
-    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+    allow_other_weights: OtherWeights = False,
 ) -> None:
     """Write the stand-alone shadow as a folder that plain transformers loads."""
     deploying.detach(adapter, out, console, base=base, dtype=dtype, allow_other_weights=allow_other_weights)
@@ -196,10 +197,10 @@ def detach(
 @app.command()
 def export(
     source: Annotated[str, typer.Argument(help="adapter (folder or hub name) or detached folder")],
-    out: Annotated[str, typer.Argument(help="empty or absent folder")],
+    out: Out,
     format: Annotated[str, typer.Option(help="onnx, onnx-int8, gguf or gguf-f16")] = "onnx",
-    base: Annotated[str | None, typer.Option(help="base, if not the one the adapter names")] = None,
-    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+    base: Base = None,
+    allow_other_weights: OtherWeights = False,
 ) -> None:
     """Write the stand-alone shadow as an ONNX or GGUF file."""
     deploying.export(source, out, console, format=format, base=base, allow_other_weights=allow_other_weights)
@@ -208,13 +209,13 @@ def export(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="folder of shadowpeft, shadow-peft, peft, or a pretrained shadow")],
-    out: Annotated[str, typer.Argument(help="empty or absent folder")],
+    out: Out,
     to: Annotated[str, typer.Option(help="shadowpeft, authors or peft")],
     base: Annotated[str | None, typer.Option(help="base, if the source does not name it")] = None,
     shadow_model: Annotated[str | None, typer.Option(help="explicit shadow, if the source does not name it")] = None,
     labels: Annotated[str | None, typer.Option(help="class names, comma-separated, if the source has none")] = None,
     share_backbone: Annotated[bool, typer.Option(help="leave out what is unchanged from a pretrained shadow")] = False,
-    allow_other_weights: Annotated[bool, typer.Option(help="accept a base with other weights")] = False,
+    allow_other_weights: OtherWeights = False,
 ) -> None:
     """Convert a checkpoint to or from the formats of other libraries."""
     deploying.convert(
@@ -261,6 +262,8 @@ def compare(
         retry_failed=retry_failed,
         report_only=report_only,
     )
+
+
 cli_deploy.add_verbs(app, console)
 
 

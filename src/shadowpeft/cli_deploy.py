@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from shadowpeft.cli_options import Adapter, Base, Data, OtherWeights, RouterFile
 from shadowpeft.errors import ConfigError
 
 Adapters = Annotated[list[str] | None, typer.Argument(help="adapter folders or hub names, as FOLDER or NAME=FOLDER")]
-Base = Annotated[str | None, typer.Option(help="base, if not the one the adapter names")]
+Port = Annotated[int, typer.Option(help="port to listen on")]
 Host = Annotated[str, typer.Option(help="address to listen on")]
 ApiKey = Annotated[str | None, typer.Option(help="key that clients must send", envvar="SHADOWPEFT_API_KEY")]
 MaxBatch = Annotated[int, typer.Option(help="answers decoded together at most")]
@@ -19,13 +20,9 @@ MaxNewTokens = Annotated[int, typer.Option(help="tokens of an answer whose reque
 Temperature = Annotated[float, typer.Option(help="of a request that names none; 0 takes the most likely token")]
 Seconds = Annotated[float, typer.Option(help="an answer is given up after so long")]
 MaxBytes = Annotated[int, typer.Option(help="size of a request's body at most")]
-OtherWeights = Annotated[bool, typer.Option(help="accept a base with other weights")]
 MaxShare = Annotated[float | None, typer.Option(help="send at most this share of the validation rows to the cloud")]
-MinAccuracy = Annotated[
-    float | None, typer.Option(help="reach this accuracy on the validation rows, as cheaply as possible")
-]
+MinAccuracy = Annotated[float | None, typer.Option(help="reach this accuracy on the validation rows, as cheaply as possible")]
 TaskName = Annotated[str, typer.Option(help="task name; see `shadowpeft info`")]
-Data = Annotated[str | None, typer.Option(help="folder or file with the data; default: the hub (robot: generated)")]
 Extra = Annotated[list[Path] | None, typer.Option(help="file of further rows, such as requests out of scope")]
 Limit = Annotated[int | None, typer.Option(help="use at most this many rows")]
 
@@ -34,9 +31,7 @@ def _commands() -> ModuleType:
     try:
         from shadowpeft.deploy import server_commands as commands
     except ImportError as error:
-        raise ConfigError(
-            f"this command needs more packages ({error.name}): pip install 'shadowpeft[serve]'"
-        ) from error
+        raise ConfigError(f"this command needs more packages ({error.name}): pip install 'shadowpeft[serve]'") from error
     return commands
 
 
@@ -49,7 +44,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         base: Base = None,
         lora: Annotated[str | None, typer.Option(help="peft adapter to merge into --base, for comparisons")] = None,
         host: Host = "127.0.0.1",
-        port: Annotated[int, typer.Option(help="port to listen on")] = 8000,
+        port: Port = 8000,
         api_key: ApiKey = None,
         task: Annotated[str | None, typer.Option(help="wrap chat messages in this task's prompt")] = None,
         max_batch: MaxBatch = 32,
@@ -86,7 +81,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
     @app.command()
     def edge(
         model: Annotated[str, typer.Argument(help="detached shadow, or an adapter folder to detach here")],
-        router: Annotated[Path, typer.Option(help="file that `shadowpeft calibrate` wrote")],
+        router: RouterFile,
         cloud: Annotated[str | None, typer.Option(help="address of the cloud, such as http://127.0.0.1:8000")] = None,
         cloud_model: Annotated[str | None, typer.Option(help="name of the attached model there")] = None,
         cloud_api_key: Annotated[str | None, typer.Option(help="key for it", envvar="SHADOWPEFT_CLOUD_API_KEY")] = None,
@@ -98,7 +93,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         min_accuracy: MinAccuracy = None,
         never_escalate: Annotated[bool, typer.Option(help="privacy: nothing leaves the device")] = False,
         host: Host = "127.0.0.1",
-        port: Annotated[int, typer.Option(help="port to listen on")] = 8001,
+        port: Port = 8001,
         api_key: ApiKey = None,
         max_batch: MaxBatch = 32,
         max_waiting: MaxWaiting = 256,
@@ -137,7 +132,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
 
     @app.command()
     def calibrate(
-        adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
+        adapter: Adapter,
         output: Annotated[Path, typer.Option(help="the router is written here")] = Path("router.json"),
         task: TaskName = "robot",
         data: Data = None,
@@ -173,8 +168,8 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
 
     @app.command("system-eval")
     def system_eval(
-        adapter: Annotated[str, typer.Argument(help="adapter folder or hub name")],
-        router: Annotated[Path, typer.Option(help="file that `shadowpeft calibrate` wrote")],
+        adapter: Adapter,
+        router: RouterFile,
         output: Annotated[Path, typer.Option(help="folder for the report")] = Path("runs/system"),
         task: TaskName = "robot",
         data: Data = None,
@@ -205,6 +200,4 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             max_cloud_share=max_cloud_share,
             min_accuracy=min_accuracy,
         )
-        commands.system_eval(
-            config, console, task=task, data=data, split=split, extra_rows=extra_rows or [], limit=limit
-        )
+        commands.system_eval(config, console, task=task, data=data, split=split, extra_rows=extra_rows or [], limit=limit)

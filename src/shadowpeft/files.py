@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from shadowpeft.errors import ShadowPeftError
+from shadowpeft.errors import ConfigError, ShadowPeftError
 
 
 class SaveError(ShadowPeftError, OSError):
@@ -38,6 +38,20 @@ def write_files(folder: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def new_folder(path: Path | str) -> Path:
+    """``path``, if it is empty or absent.
+
+    Raises:
+        ConfigError: something is there already.
+    """
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another output folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(f"the output folder {folder} is not empty; choose another, or empty it")
+    return folder
 
 
 def _sync(path: Path) -> None:

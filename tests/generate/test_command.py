@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from shadowpeft import commands
+from shadowpeft.commands import answering
 from shadowpeft.errors import ConfigError
 from speculation import adapted
 
@@ -33,12 +33,12 @@ class Words:
 @pytest.fixture
 def answers(monkeypatch):
     model = adapted("llama", num_hidden_layers=2)
-    monkeypatch.setattr(commands, "load", lambda *args, **kwargs: (model, Words()))
-    monkeypatch.setattr(commands, "_prompt_ids", lambda prompt, task, tokenizer: [int(word) for word in prompt.split()])
+    monkeypatch.setattr(answering, "load_with_tokenizer", lambda *args, **kwargs: (model, Words()))
+    monkeypatch.setattr(answering, "_prompt_ids", lambda prompt, task, tokenizer: [int(word) for word in prompt.split()])
 
     def run(mode="attached", **options):
         stream = io.StringIO()
-        commands.generate("adapter", ["5 7 9", "11 3"], Console(file=stream, width=200), mode=mode, **OPTIONS | options)
+        answering.generate("adapter", ["5 7 9", "11 3"], Console(file=stream, width=200), mode=mode, **OPTIONS | options)
         return stream.getvalue().splitlines()
 
     return run

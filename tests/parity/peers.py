@@ -4,7 +4,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -131,6 +131,19 @@ class Authors:
 
     name = "authors"
     package = "shadow_peft"
+    install = "pip install --no-deps shadow-peft==0.1.1"
+    # Fed with the base's embeddings, but only a table called `embed_tokens` is taken out of the shadow.
+    unused_tables: ClassVar = {"gpt2": {"wte"}, "gpt_neox": {"embed_in"}, "opt": {"decoder.embed_tokens"}}
+
+    def never_trained(self, case: Case) -> set[str]:
+        """Names of the update behind the last block, where no block is left to correct, and of unused token tables."""
+        update = {
+            f"shadow_update_model.update_{part}.{NUM_BLOCKS - 2}.{position}.weight"
+            for part, last in (("transforms", 3), ("gates", 2))
+            for position in (0, last)
+        }
+        tables = set() if case.shape == "projected" else self.unused_tables.get(case.architecture, set())
+        return update | {f"shadow_model.{name}.weight" for name in tables}
 
     def build(self, base: PreTrainedModel, case: Case, folder: str) -> nn.Module:
         import shadow_peft
@@ -205,6 +218,22 @@ class Peft:
 
     name = "peft"
     package = "peft"
+    install = "pip install peft==0.21.2"
+    # Fed with the base's embeddings, but only a table called `embed_tokens` is taken out of the shadow.
+    unused_tables: ClassVar = {"gpt2": {"wte"}, "gpt_neox": {"embed_in"}}
+    blocks: ClassVar = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+
+    def never_trained(self, case: Case) -> set[str]:
+        """Names of the update behind the last block, where no block is left to correct, and of unused token tables."""
+        last_block = f"base_model.model.{self.blocks.get(case.architecture, 'model.layers')}.{NUM_BLOCKS - 1}"
+        update = {
+            f"{last_block}.shadow_update_{part}.default.{position}.{attribute}"
+            for part in ("transform", "gate")
+            for position in (0, 2)
+            for attribute in ("weight", "bias")
+        }
+        tables = set() if case.shape == "projected" else self.unused_tables.get(case.architecture, set())
+        return update | {f"base_model.shadow_backbone.default.{name}.weight" for name in tables}
 
     def build(self, base: PreTrainedModel, case: Case, folder: str) -> nn.Module:
         import peft

@@ -15,10 +15,10 @@ from transformers import (
 from shadowpeft.deploy.convert import Target, convert_checkpoint
 from shadowpeft.deploy.detach import write_detached
 from shadowpeft.deploy.gguf import write_gguf
-from shadowpeft.deploy.load import find_tokenizer, load_attached
 from shadowpeft.deploy.onnx import write_onnx
 from shadowpeft.errors import ConfigError
 from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.load import find_tokenizer, load_attached
 from shadowpeft.model.pretrained import read_raw_config
 
 FORMATS = ("onnx", "onnx-int8", "gguf", "gguf-f16")

@@ -8,12 +8,13 @@ from typing import Literal, get_args
 from transformers import PreTrainedModel
 
 from shadowpeft.core import ShadowNetwork
-from shadowpeft.deploy.load import find_tokenizer, new_folder
 from shadowpeft.errors import CheckpointError, ConfigError
+from shadowpeft.files import new_folder
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model import exchange_authors as authors
 from shadowpeft.model import exchange_peft as peft
 from shadowpeft.model.bases import load_model
+from shadowpeft.model.load import find_tokenizer
 from shadowpeft.model.pretrained import PROJECTED_TYPE, PROJECTION_FILE
 from shadowpeft.model.projected import plain_from_projected, write_plain, write_projected
 
@@ -138,9 +139,7 @@ def _base(base: str | PreTrainedModel | None, labels: list[str] | None, folder: 
     return load_model(base, labels=labels) if isinstance(base, str) else base
 
 
-def _convert_pretrained(
-    folder: Path, out: Path, *, kind: str, to: str, base: str | PreTrainedModel | None
-) -> list[str]:
+def _convert_pretrained(folder: Path, out: Path, *, kind: str, to: str, base: str | PreTrainedModel | None) -> list[str]:
     if to == "peft":
         raise ConfigError("peft reads pretrained shadows in the authors' projected format: convert with --to authors")
     if to == "shadowpeft":

@@ -6,9 +6,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowpeft.deploy.load import new_folder
 from shadowpeft.errors import ShadowPeftError
-from shadowpeft.files import write_files
+from shadowpeft.files import new_folder, write_files
 from shadowpeft.model import ShadowModel
 
 NUM_PROBE_TOKENS = 8
@@ -90,4 +89,4 @@ def _stored_as(detached: PreTrainedModel, dtype: torch.dtype | None) -> PreTrain
     if dtype is None or detached.dtype == dtype:
         return detached
     # Not in place: the token table and the head may be the base's own tensors.
-    return copy.deepcopy(detached).to(dtype)
+    return copy.deepcopy(detached).to(dtype)  # type: ignore[arg-type]

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.deploy.gguf_tokenizer import tokenizer_metadata
-from shadowpeft.deploy.load import new_folder
 from shadowpeft.deploy.packages import ExportError, check_generates, need
-from shadowpeft.files import write_files
+from shadowpeft.files import new_folder, write_files
+from shadowpeft.model.architectures import head_of
 
 GGUF_FILE = "model.gguf"
 SUPPORTED = ("llama", "qwen3")
@@ -113,7 +113,7 @@ def gguf_tensors(model: PreTrainedModel, precision: Precision) -> Iterator[tuple
     for name, tensor in model.base_model.state_dict().items():
         yield _gguf_name(name), _values(_permuted(name, tensor, config), precision)
     if not config.tie_word_embeddings:
-        yield "output.weight", _values(model.get_output_embeddings().weight, precision)
+        yield "output.weight", _values(head_of(model).weight, precision)
 
 
 def _gguf_name(name: str) -> str:

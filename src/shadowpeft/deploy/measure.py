@@ -91,7 +91,8 @@ def _open(kind: str, folder: Path, num_threads: int) -> tuple[Logits, Generate]:
     def generate(ids: np.ndarray, count: int) -> np.ndarray:
         given = torch.from_numpy(ids)
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
-        return model.generate(given, attention_mask=torch.ones_like(given), **options).numpy()
+        writer: Any = model
+        return writer.generate(given, attention_mask=torch.ones_like(given), **options).numpy()
 
     return logits, generate
 

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowpeft.deploy.load import new_folder
 from shadowpeft.deploy.onnx_model import OnnxModel
 from shadowpeft.deploy.packages import ExportError, check_generates, need
-from shadowpeft.files import write_files
+from shadowpeft.files import new_folder, write_files
 
 ONNX_FILE = "model.onnx"
 # Protobuf ends at 2 GB, so larger weights go into a file beside the graph.
@@ -69,7 +68,8 @@ def write_onnx(
 
 def _traced(model: PreTrainedModel) -> Any:
     try:
-        from transformers.exporters import OnnxConfig, OnnxExporter
+        from transformers.exporters.configs import OnnxConfig
+        from transformers.exporters.exporter_onnx import OnnxExporter
     except ImportError as error:
         raise ExportError("ONNX export needs transformers.exporters: upgrade transformers (5.23 has it)") from error
     if getattr(model.config, "_experts_implementation", None) is not None:
@@ -155,8 +155,7 @@ def check_onnx(path: Path, model: PreTrainedModel) -> None:
     difference = (found - expected).abs().amax().item()
     if not difference <= MAX_DIFFERENCE * max(1.0, expected.abs().amax().item()):
         raise ExportError(
-            f"onnxruntime's logits differ by {difference:.2e} from torch's for {type(model).__name__}; nothing was "
-            "written"
+            f"onnxruntime's logits differ by {difference:.2e} from torch's for {type(model).__name__}; nothing was written"
         )
 
 

@@ -6,25 +6,41 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shadowpeft.deploy.route.artefact import Router, fit_router, load_router, save_router
-from shadowpeft.deploy.route.breaker import CircuitBreaker
-from shadowpeft.deploy.route.calibrate import observe, skills_of
-from shadowpeft.deploy.route.cloud import Cloud, CloudSettings
-from shadowpeft.deploy.route.service import EDGE_NAME, EdgeService
-from shadowpeft.deploy.serve.app import create_app
-from shadowpeft.deploy.serve.catalogue import Entry, catalogue
-from shadowpeft.deploy.serve.loading import Loaded, load_edge, load_served, task_or_none
-from shadowpeft.deploy.serve.mixed import Path as ModelPath
-from shadowpeft.deploy.serve.run import check_free, run_app
-from shadowpeft.deploy.serve.service import LocalService, Service, Settings
-from shadowpeft.deploy.system_eval.report import write_report
-from shadowpeft.deploy.system_eval.run import SystemConfig
-from shadowpeft.deploy.system_eval.run import run as run_system
+from shadowpeft.deploy.route import (
+    EDGE_NAME,
+    CircuitBreaker,
+    Cloud,
+    CloudSettings,
+    EdgeService,
+    Router,
+    fit_router,
+    load_router,
+    observe,
+    save_router,
+    skills_of,
+)
+from shadowpeft.deploy.serve import (
+    Entry,
+    Loaded,
+    LocalService,
+    Service,
+    Settings,
+    catalogue,
+    check_free,
+    create_app,
+    load_edge,
+    load_served,
+    run_app,
+    task_or_none,
+)
+from shadowpeft.deploy.serve import Path as ModelPath
+from shadowpeft.deploy.system_eval import SystemConfig, run_system, write_report
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import load_rows
+from shadowpeft.train.run import task_named
 from shadowpeft.train.sources import read_file
-from shadowpeft.train.tasks import TASKS, Task
+from shadowpeft.train.tasks import Task
 
 # A request under way may take as long as it is allowed to; connections that hang longer are cut.
 _GRACE = 10
@@ -127,15 +143,13 @@ def calibrate(
     allow_other_weights: bool,
 ) -> Router:
     """Fits a router on validation rows, prints what to expect of it and writes it."""
-    chosen = _task(task)
+    chosen = task_named(task)
     source = Path(data) if data else None
     rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
     skills = skills_of(chosen, load_rows(chosen, "train", source=source))
     loaded = load_served([f"edge={adapter}"], base=base, allow_other_weights=allow_other_weights)
     with console.status(f"asking both sides {len(rows)} rows"):
-        observed = observe(
-            loaded.model, loaded.tokenizer, chosen, rows, adapter="edge", skills=skills, batch_size=batch_size
-        )
+        observed = observe(loaded.model, loaded.tokenizer, chosen, rows, adapter="edge", skills=skills, batch_size=batch_size)
     router = fit_router(
         observed.examples,
         score=score,
@@ -153,20 +167,12 @@ def calibrate(
     return router
 
 
-def rows_of(
-    task: Task, split: str, *, source: Path | None, extra: list[Path], limit: int | None, seed: int = 0
-) -> list[Row]:
+def rows_of(task: Task, split: str, *, source: Path | None, extra: list[Path], limit: int | None, seed: int = 0) -> list[Row]:
     """The rows of a split, and those of further files, such as requests out of scope."""
     rows = load_rows(task, split, source=source, limit=limit, seed=seed)
     for path in extra:
         rows = rows + read_file(path)
     return rows
-
-
-def _task(name: str) -> Task:
-    if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}")
-    return TASKS[name]
 
 
 def _settings(values: dict[str, Any], task: str | None) -> Settings:
@@ -222,7 +228,7 @@ def system_eval(
     limit: int | None,
 ) -> dict[str, Any]:
     """Replays rows through edge, router and cloud and through the cloud alone; writes a report."""
-    chosen = _task(task)
+    chosen = task_named(task)
     rows = rows_of(chosen, split, source=Path(data) if data else None, extra=extra_rows, limit=limit)
     figures = run_system(config, chosen, rows, tell=console.print)
     write_report(figures, config.output)

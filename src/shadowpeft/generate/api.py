@@ -14,7 +14,7 @@ from transformers import (
     StoppingCriteriaList,
     StopStringCriteria,
 )
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import ConfigError
@@ -57,12 +57,11 @@ def generate(
     if network is None:
         raise ConfigError("speculative decoding drafts with the shadow, but this call uses the base alone")
     method = partial(speculative_decoding, network=network, speculative=settings, streamer=kwargs.get("streamer"))
-    return GenerationMixin.generate(model, *args, custom_generate=method, **_with_stop_strings(kwargs))
+    plain: Any = GenerationMixin
+    return plain.generate(model, *args, custom_generate=method, **_with_stop_strings(kwargs))
 
 
-_NO_BEAMS = (
-    "speculative decoding follows one sequence a row, but num_beams={}; use num_beams=1 or leave out speculative="
-)
+_NO_BEAMS = "speculative decoding follows one sequence a row, but num_beams={}; use num_beams=1 or leave out speculative="
 
 
 def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -102,9 +101,7 @@ def speculative_decoding(
         raise ConfigError(_NO_BEAMS.format(generation_config.num_beams))
     cache: Cache | None = model_kwargs.get("past_key_values")
     if cache is None or not model_kwargs.get("use_cache"):
-        raise ConfigError(
-            "speculative decoding takes rejected tokens out of the cache, but use_cache=False; leave that out"
-        )
+        raise ConfigError("speculative decoding takes rejected tokens out of the cache, but use_cache=False; leave that out")
     if generation_config.return_dict_in_generate and (
         generation_config.output_attentions or generation_config.output_hidden_states
     ):
@@ -118,7 +115,8 @@ def speculative_decoding(
             SpeculativeFallbackWarning,
             stacklevel=4,
         )
-        return GenerationMixin._sample(
+        plain: Any = GenerationMixin
+        return plain._sample(
             model,
             input_ids,
             logits_processor,

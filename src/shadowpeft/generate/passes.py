@@ -11,7 +11,7 @@ from transformers import Cache
 
 from shadowpeft.core import ShadowNetwork, ShadowRun
 from shadowpeft.errors import ConfigError
-from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of
+from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of, head_of
 from shadowpeft.model.attach import RUN_KEYWORD
 from shadowpeft.model.tasks import ShadowModelForCausalLM
 
@@ -79,7 +79,7 @@ def make_passes(
     Raises:
         ConfigError: the shadow reads another vocabulary than the head writes, or ``draft_vocabulary`` leaves it.
     """
-    head = model.get_output_embeddings()
+    head = head_of(model)
     num_tokens = head.weight.shape[0]
     if not network.config.shares_embeddings:
         num_known = network.backbone.get_input_embeddings().num_embeddings
@@ -109,12 +109,12 @@ def make_passes(
 def draft_cost(passes: Passes) -> float:
     """Weights read by one draft over those read by one attached step: the ratio of times where reading decides."""
     model, network = passes.model, passes.network
-    head = model.get_output_embeddings().weight
-    shadow = _num_bytes(network.backbone) + sum(
-        w.nbytes for w in (getattr(network.projection, "weight", None),) if w is not None
-    )
+    head = head_of(model).weight
+    shadow = _num_bytes(network.backbone)
+    if network.projection is not None:
+        shadow += network.projection.weight.nbytes
     if not network.config.shares_embeddings:
-        shadow -= network.backbone.get_input_embeddings().weight.nbytes
+        shadow -= _num_bytes(network.backbone.get_input_embeddings())
     draft_head = head.nbytes if passes.draft_weight is None else passes.draft_weight.nbytes
     steps = _num_bytes(network.injections) + _num_bytes(network.updates)
     return (shadow + draft_head) / (_num_bytes(blocks_of(decoder_of(model.base))) + steps + shadow + head.nbytes)

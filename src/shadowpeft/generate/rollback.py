@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import Cache
 from transformers.cache_utils import (
@@ -39,7 +40,8 @@ def roll_back(cache: Cache, num_tokens: int) -> None:
     In a static layer what lies behind its length is hidden by every mask and written over next, so the length is all
     there is to change.
     """
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers  # only of the kinds that :func:`why_not_croppable` lets through
+    for layer in layers:
         if isinstance(layer, StaticLayer):
             if num_tokens and layer.is_initialized:
                 layer.cumulative_length.sub_(num_tokens)

@@ -1,6 +1,7 @@
 """From logits to tokens: one set of processors for what the shadow drafts and what the base verifies."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,9 +54,10 @@ class Scoring:
             return (best if self.draft_ids is None else self.draft_ids[best]), None, None
         scores = self._over_all_tokens(logits.float())
         if self.draft_processor is not None:
+            assert prefix is not None  # as drafts_need_prefix asked
             scores = self.draft_processor(prefix, scores)
         if self.processors:
-            scores = self.processors(prefix, scores)
+            scores = self.processors(prefix, scores)  # type: ignore[arg-type]  # any integer dtype will do
         if self.draft_ids is not None:
             # Processors may forbid every token that can be drafted; whatever is drafted then will be rejected.
             scores = scores.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
@@ -77,7 +79,8 @@ class Scoring:
         logits = logits.to(torch.float32, copy=True)
         prefix = torch.cat([sequences, window[:, 1:]], 1)
         start = sequences.shape[1]
-        places = [self.processors(prefix[:, : start + place], logits[:, place]) for place in range(window.shape[1])]
+        process: Any = self.processors
+        places = [process(prefix[:, : start + place], logits[:, place]) for place in range(window.shape[1])]
         return torch.stack(places, 1)
 
     def choose(self, scores: Tensor) -> Tensor:

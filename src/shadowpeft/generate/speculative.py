@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.generate.acceptance import accept_greedy, accept_sampled
@@ -50,12 +50,11 @@ def decode(
     model_kwargs: dict[str, Any],
 ) -> SpeculativeOutput | Tensor:
     """Prefill, then rounds until every row is finished; arguments as ``generate`` hands them to a decoding method."""
-    prefill = model._prefill(input_ids, generation_config, model_kwargs)
+    generating: Any = model
+    prefill = generating._prefill(input_ids, generation_config, model_kwargs)
     cache: Cache = prefill.past_key_values
     written = Written(input_ids, stopping_criteria, generation_config, streamer)
-    options = {
-        name: value for name, value in model_kwargs.items() if name not in _OWN and not name.startswith("output_")
-    }
+    options = {name: value for name, value in model_kwargs.items() if name not in _OWN and not name.startswith("output_")}
     passes = make_passes(model, network, cache, options=options, draft_vocabulary=speculative.draft_vocabulary)
     scoring = Scoring(
         do_sample=bool(generation_config.do_sample),
@@ -66,7 +65,8 @@ def decode(
     )
     logits = prefill.logits[:, -1:]
     # The first token is plain; only its prefix is the prompt itself.
-    scores = logits_processor(input_ids, logits[:, -1].to(torch.float32, copy=True))
+    process: Any = logits_processor
+    scores = process(input_ids, logits[:, -1].to(torch.float32, copy=True))
     written.append(scoring.choose(scores)[:, None], scores[:, None], logits)
     timeline = Timeline.behind_prefill(cache, model_kwargs)
     compiled = None
@@ -79,9 +79,7 @@ def decode(
             written,
             timeline,
             speculative,
-            length=DraftLength(
-                speculative.num_draft_tokens, adaptive=speculative.adaptive, draft_cost=draft_cost(passes)
-            ),
+            length=DraftLength(speculative.num_draft_tokens, adaptive=speculative.adaptive, draft_cost=draft_cost(passes)),
             max_length=generation_config.max_length,
         )
     report(statistics)
@@ -101,9 +99,7 @@ def _rounds(
     """Rounds until every row is finished."""
     # A row may have finished with its first token.
     known = written.remaining(Known.nothing_behind(written.sequences), 0, max_drafts=speculative.num_draft_tokens)
-    totals = dict.fromkeys(
-        ("num_rounds", "num_drafted", "num_tested", "num_accepted", "num_generated", "num_row_rounds"), 0
-    )
+    totals = dict.fromkeys(("num_rounds", "num_drafted", "num_tested", "num_accepted", "num_generated", "num_row_rounds"), 0)
     drafting, started = 0.0, time.perf_counter()
     while not written.is_finished:
         sequences, at_start = written.sequences, time.perf_counter()

@@ -28,7 +28,8 @@ class Timeline:
         num_cached = int(cache.get_seq_length())
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         if positions is None:
-            positions = torch.full((1, 1), num_cached - 1, device=cache.layers[0].keys.device)
+            first: Any = cache.layers[0]
+            positions = torch.full((1, 1), num_cached - 1, device=first.keys.device)
         is_fixed = any(isinstance(layer, StaticLayer) for layer in cache.layers)
         if mask is not None:
             mask = mask[:, :num_cached]

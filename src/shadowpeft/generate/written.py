@@ -1,10 +1,13 @@
 """What has been generated so far, row by row, and when to stop."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, GenerationConfig, StoppingCriteriaList
-from transformers.generation import BaseStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from shadowpeft.generate.draft import Known
 from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatistics
@@ -25,10 +28,12 @@ class Written:
         self.sequences = input_ids
         self.is_finished = False
         self._unfinished = torch.ones(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-        self._criteria, self._streamer = criteria, streamer
+        self._criteria: Callable[[Tensor, Any], Tensor] = criteria  # type: ignore[assignment]
+        self._streamer = streamer
         # As in plain decoding: rows that stopped for another reason than an end token go on until all have stopped.
         self._pads_finished = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._pad = config._pad_token_tensor.to(input_ids.device) if self._pads_finished else None
+        pad: Any = config._pad_token_tensor  # which generate sets whenever there is an end token
+        self._pad = pad.to(input_ids.device) if self._pads_finished else None
         self._returns_dict = bool(config.return_dict_in_generate)
         self._scores: tuple[Tensor, ...] | None = () if self._returns_dict and config.output_scores else None
         self._logits: tuple[Tensor, ...] | None = () if self._returns_dict and config.output_logits else None
@@ -80,10 +85,9 @@ class Written:
             self._streamer.end()
         if not self._returns_dict:
             return self.sequences
+        parts: dict[str, Any] = {"sequences": self.sequences, "scores": self._scores, "logits": self._logits}
         return SpeculativeOutput(
-            sequences=self.sequences,
-            scores=self._scores,
-            logits=self._logits,
+            **parts,
             past_key_values=cache,
             statistics=statistics,
         )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -121,6 +122,13 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return model.base_model  # type: ignore[return-value]
 
 
+def head_of(model: PreTrainedModel) -> nn.Linear:
+    """The language-model head: [B, T, d] -> [B, T, V], before its architecture finishes the logits."""
+    head = model.get_output_embeddings()
+    assert head is not None, f"{type(model).__name__} has no language-model head"
+    return cast(nn.Linear, head)  # quantised kinds, too, have a weight and a bias
+
+
 def blocks_of(decoder: PreTrainedModel) -> nn.ModuleList:
     return attrgetter(architecture_of(decoder.config).blocks)(decoder)
 
@@ -140,9 +148,7 @@ def check_base(model: PreTrainedModel, *, first_block: int) -> None:
         )
     num_blocks = len(blocks_of(decoder_of(model)))
     if num_blocks < 2:
-        raise ArchitectureError(
-            f"the base has {num_blocks} block; a shadow steps between two blocks, so at least 2 are needed"
-        )
+        raise ArchitectureError(f"the base has {num_blocks} block; a shadow steps between two blocks, so at least 2 are needed")
     if first_block >= num_blocks:
         raise ArchitectureError(f"first_block={first_block} is past the last of the base's {num_blocks} blocks")
     _check_opt(model.config)

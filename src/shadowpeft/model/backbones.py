@@ -144,15 +144,17 @@ def explicit_backbone(base: PreTrainedModel, config: ShadowConfig, **load_option
     Raises:
         ArchitectureError: its type is not supported, or it reads other tokens than the base.
     """
-    shadow = shadow_config_of(config.shadow_model, **load_options)
+    source = str(config.shadow_model)
+    shadow = shadow_config_of(source, **load_options)
     if shadow.vocab_size != base.config.vocab_size:
         raise ArchitectureError(
-            f"the shadow {config.shadow_model!r} has a vocabulary of {shadow.vocab_size}, the base one of "
+            f"the shadow {source!r} has a vocabulary of {shadow.vocab_size}, the base one of "
             f"{base.config.vocab_size}: both must use the same tokenizer"
         )
-    check_same_tokenizer(config.shadow_model, location(base.name_or_path))
-    kernels = _kernels(base, AutoModel._model_mapping[type(shadow)])
-    backbone = load_source(config.shadow_model, shadow, kernels, **load_options)
+    check_same_tokenizer(source, location(base.name_or_path or ""))
+    decoder_class: Any = AutoModel._model_mapping[type(shadow)]
+    kernels = _kernels(base, decoder_class)
+    backbone = load_source(source, shadow, kernels, **load_options)
     if config.shares_embeddings:
         remove_embeddings(backbone)
     return backbone
@@ -167,5 +169,3 @@ def empty_backbone(base: PreTrainedModel, shadow: PreTrainedConfig, *, keep_embe
 def embedding_width(base: PreTrainedModel) -> int:
     table: Any = base.get_input_embeddings()
     return table.weight.shape[1]
-
-

@@ -1,6 +1,7 @@
 """The stand-alone shadow as an ordinary model: ``head(proj(f_shadow(x)))`` with every projection folded away."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,7 +49,8 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
 
 def _share_config(backbone: PreTrainedModel, config: PreTrainedConfig) -> None:
     """One config for all parts, so that a change of kernels on the detached model reaches its blocks."""
-    for module in backbone.modules():
+    modules: Iterable[Any] = backbone.modules()
+    for module in modules:
         if isinstance(getattr(module, "config", None), PreTrainedConfig):
             module.config = config
 

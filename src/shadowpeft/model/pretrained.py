@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import ArchitectureError, CheckpointError
@@ -76,9 +76,7 @@ def inner_config(values: dict[str, Any]) -> PreTrainedConfig:
     return config
 
 
-def load_source(
-    source: str, config: PreTrainedConfig, kernels: dict[str, str], **load_options: Any
-) -> PreTrainedModel:
+def load_source(source: str, config: PreTrainedConfig, kernels: dict[str, str], **load_options: Any) -> PreTrainedModel:
     """The decoder in ``source``, in fp32, with its own token table and the asked-for ``kernels``."""
     if not is_projected(read_raw_config(source, **load_options)):
         return AutoModel.from_pretrained(source, dtype=torch.float32, **kernels, **load_options)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from shadowpeft import files
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import ArchitectureError, CheckpointError
-from shadowpeft.model.architectures import finish_of
+from shadowpeft.model.architectures import finish_of, head_of
 from shadowpeft.model.detach import detached_model
 from shadowpeft.model.pretrained import (
     PROJECTED_TYPE,
@@ -81,10 +81,11 @@ def plain_from_projected(source: str) -> tuple[PreTrainedModel, Tensor]:
         raise CheckpointError(f"{source} is no complete projected shadow: it lacks its projection or lm_head.weight")
     config.tie_word_embeddings = False
     with torch.device("meta"):
-        model = AutoModelForCausalLM._model_mapping[type(config)](config)
-    if model.get_output_embeddings().bias is not None:
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        model: PreTrainedModel = model_class(config)
+    if head_of(model).bias is not None:
         raise ArchitectureError(f"a {config.model_type} head has a bias, which the projected format does not store")
-    setattr(model, model.base_model_prefix, backbone.to(projection.dtype))
+    setattr(model, model.base_model_prefix, backbone.to(projection.dtype))  # type: ignore[arg-type]
     folded = nn.Linear(projection.shape[1], head.shape[0], bias=False, device="meta")
     folded.weight = nn.Parameter(head.to(projection.dtype) @ projection, requires_grad=False)
     model.set_output_embeddings(folded)
@@ -102,7 +103,7 @@ def write_projected(source: str, base: PreTrainedModel, folder: Path) -> None:
         CheckpointError: the shadow was not pretrained for this base.
     """
     plain = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-    head = base.get_output_embeddings()
+    head = head_of(base)
     if finish_of(base.config) != (1.0, None) or head.bias is not None:
         raise ArchitectureError(
             f"the head of a {base.config.model_type} base scales or caps its logits, or has a bias; the projected "
@@ -116,11 +117,9 @@ def write_projected(source: str, base: PreTrainedModel, folder: Path) -> None:
             f"the projection in {source} leads to width {projection.shape[0]}, this base has {head.weight.shape[1]}; "
             "pass the base it was pretrained for"
         )
-    folded, stored = head.weight.float() @ projection.float(), plain.get_output_embeddings().weight.float()
+    folded, stored = head.weight.float() @ projection.float(), head_of(plain).weight.float()
     if (folded - stored).norm() > _SAME_HEAD * stored.norm():
-        raise CheckpointError(
-            f"the head of this base is not the one folded into {source}; pass the base it was pretrained for"
-        )
+        raise CheckpointError(f"the head of this base is not the one folded into {source}; pass the base it was pretrained for")
     backbone = plain.base_model
     tensors = {f"shadow_model.{name}": tensor for name, tensor in backbone.state_dict().items()}
     tensors |= {"shadow_hidden_projection.weight": projection, "lm_head.weight": head.weight}

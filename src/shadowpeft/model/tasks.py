@@ -14,7 +14,7 @@ from shadowpeft.core.head_loss import HeadLosses, LossSpec
 from shadowpeft.core.lean import lean_graph
 from shadowpeft.core.losses import combine, pool_last_token, sequence_classification_loss, shared_head_losses
 from shadowpeft.errors import AdapterError
-from shadowpeft.model.architectures import architecture_of
+from shadowpeft.model.architectures import architecture_of, head_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.wrapper import ShadowModel
 
@@ -105,9 +105,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
                 inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
         with lean_graph():
-            output, initial = self._run_attached(
-                network, use_cache=self._default_use_cache(use_cache, labels), **inputs
-            )
+            output, initial = self._run_attached(network, use_cache=self._default_use_cache(use_cache, labels), **inputs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if output_logits is None:
             output_logits = labels is None or not self.training
@@ -150,8 +148,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """The base's frozen head, with whatever its architecture does to logits: [B, T, d] -> [B, T, V]."""
-        head: Any = self.base.get_output_embeddings()
-        return architecture_of(self.config).finish_logits(self.config, head(hidden))
+        return architecture_of(self.config).finish_logits(self.config, head_of(self.base)(hidden))
 
     def _losses(
         self,
@@ -170,7 +167,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             distillation_weight=config.distillation_weight,
             temperature=config.distillation_temperature,
         )
-        return shared_head_losses(spec, self.base.get_output_embeddings(), hidden, initial, labels, num_items)
+        return shared_head_losses(spec, head_of(self.base), hidden, initial, labels, num_items)
 
 
 class ShadowModelForSequenceClassification(ShadowModel):

@@ -18,9 +18,7 @@ from shadowpeft.train.tasks import SPLITS, Task
 IGNORED = -100
 
 
-def load_rows(
-    task: Task, split: str, *, source: Path | None = None, limit: int | None = None, seed: int = 0
-) -> list[Row]:
+def load_rows(task: Task, split: str, *, source: Path | None = None, limit: int | None = None, seed: int = 0) -> list[Row]:
     """The rows of ``train``, ``validation`` or ``test``.
 
     Args:
@@ -71,9 +69,7 @@ def uses_chat(tokenizer: PreTrainedTokenizerBase) -> bool:
     return getattr(tokenizer, "chat_template", None) is not None
 
 
-def prompt_ids(
-    task: Task, tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int | None = None
-) -> list[int]:
+def prompt_ids(task: Task, tokenizer: PreTrainedTokenizerBase, row: Row, max_length: int | None = None) -> list[int]:
     """The ids that a row's answer follows, the same in training and generation.
 
     With a chat template the prompt is the user's message and thinking is off; special tokens are the
@@ -97,9 +93,7 @@ def all_prompt_ids(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequenc
     prompts = [start + ids for ids in _encode(tokenizer, texts)]
     for number, ids in enumerate(prompts, start=1):
         if not ids:
-            raise DataError(
-                f"row {number}: the prompt of task {task.name!r} is empty; remove or complete the row"
-            )
+            raise DataError(f"row {number}: the prompt of task {task.name!r} is empty; remove or complete the row")
     return prompts
 
 
@@ -129,7 +123,13 @@ def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     # verbose: no remark on texts beyond the model's length, they are cut later.
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    encoded: Any = tokenizer(list(texts), add_special_tokens=False, verbose=False) if texts else {"input_ids": []}
+    return encoded["input_ids"]
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of one text, without special tokens and however long."""
+    return _encode(tokenizer, [text])[0]
 
 
 def cut_left(tokenizer: PreTrainedTokenizerBase, ids: list[int], max_length: int | None) -> list[int]:
@@ -153,9 +153,7 @@ def encode_generation(
         DataError: ``max_length`` below 2, an empty prompt, or nothing left to learn.
     """
     if max_length < 2:
-        raise DataError(
-            f"max_length={max_length} is not valid: expected at least 2, one of prompt, one of answer"
-        )
+        raise DataError(f"max_length={max_length} is not valid: expected at least 2, one of prompt, one of answer")
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompts = all_prompt_ids(task, tokenizer, rows)
     answers = [ids + end for ids in target_ids(tokenizer, [task.target(row) for row in rows])]
@@ -169,9 +167,7 @@ def encode_generation(
         prompts_cut += len(context) < len(prompt)
         examples.append({"input_ids": context + kept, "labels": [IGNORED] * len(context) + kept})
     if rows and not examples:
-        raise DataError(
-            f"none of the {len(rows)} rows has an answer to learn; check the data of {task.name!r}"
-        )
+        raise DataError(f"none of the {len(rows)} rows has an answer to learn; check the data of {task.name!r}")
     return examples, EncodingReport(
         num_rows=len(rows),
         num_prompts_truncated=prompts_cut,

@@ -29,6 +29,7 @@ from shadowpeft.model.build import build_network
 from shadowpeft.model.pretrained import check_same_tokenizer, is_projected, read_projection, read_raw_config
 from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
+from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder
 from shadowpeft.train.pretrain_config import PretrainConfig
@@ -118,8 +119,7 @@ def prepare(
         small = AutoModelForCausalLM.from_pretrained(shadow.shadow_model, dtype=torch.float32)
     if config.objective == "projection" and small is None:
         raise ConfigError(
-            f"the shadow {config.shadow!r} is as wide as the base, so there is no projection to train; use causal_lm "
-            "or distill"
+            f"the shadow {config.shadow!r} is as wide as the base, so there is no projection to train; use causal_lm or distill"
         )
     return base, network.to(decoder_of(base).device), tokenizer, small
 
@@ -180,30 +180,7 @@ def _train(
 
 
 def training_arguments(config: PretrainConfig, folder: Path) -> TrainingArguments:
-    has_gpu = torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
-        use_cpu=not has_gpu,
-        bf16=has_gpu and config.dtype == "bfloat16",
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_steps=config.log_every,
-        logging_first_step=True,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        report_to=[] if config.report_to == "none" else config.report_to.split(","),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=has_gpu,
-    )
+    return shared_arguments(config, folder, max_steps=config.steps)
 
 
 def _usable_length(config: PretrainConfig, base: PreTrainedModel, network: ShadowNetwork) -> int:

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from shadowpeft.core import ShadowNetwork
-from shadowpeft.model.architectures import architecture_of
+from shadowpeft.model.architectures import architecture_of, head_of
 from shadowpeft.train.pretrain_config import PretrainConfig
 
 
@@ -42,7 +42,7 @@ class ProjectedShadow(nn.Module):
         """Moves what is not registered."""
         for (module,) in (self._frozen, self._own_head):
             if module is not None:
-                module.to(device)
+                module.to(device)  # type: ignore[arg-type]
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
         """Logits [B, T, V] of the shadow behind the large head and, with labels, the objective's loss."""
@@ -66,7 +66,7 @@ class ProjectedShadow(nn.Module):
 
     @staticmethod
     def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-        head = model.get_output_embeddings()
+        head = head_of(model)
         return architecture_of(model.config).finish_logits(model.config, head(hidden.to(head.weight.dtype))).float()
 
     def _loss(self, input_ids: Tensor, labels: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:

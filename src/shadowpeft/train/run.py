@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
@@ -16,6 +15,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.files import write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder
 from shadowpeft.train.config import TrainConfig
@@ -114,34 +114,10 @@ def _checkpointing(config: TrainConfig) -> dict[str, Any]:
 
 
 def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
-    has_gpu = torch.cuda.is_available()
-    steps: dict[str, Any] = {"num_train_epochs": config.epochs}
+    length: dict[str, Any] = {"num_train_epochs": config.epochs}
     if config.max_steps > 0:
-        steps = {"max_steps": config.max_steps}
-    return TrainingArguments(
-        output_dir=str(folder / "checkpoints"),
-        **steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
-        **_checkpointing(config),
-        bf16=has_gpu and config.dtype == "bfloat16",
-        use_cpu=not has_gpu,
-        seed=config.seed,
-        data_seed=config.seed,
-        logging_steps=config.log_every,
-        logging_first_step=True,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        report_to=[] if config.report_to == "none" else config.report_to.split(","),
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=has_gpu,
-    )
+        length = {"max_steps": config.max_steps}
+    return shared_arguments(config, folder, **length, **_checkpointing(config))
 
 
 def make_trainer(
@@ -189,9 +165,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         callbacks=[
             stop,
             MetricLines(folder / "metrics.jsonl"),
-            ProgressLine(
-                console, tokens_per_step=tokens_per_row * config.batch_size * config.gradient_accumulation
-            ),
+            ProgressLine(console, tokens_per_step=tokens_per_row * config.batch_size * config.gradient_accumulation),
         ],
         shadow_lr_multiplier=config.shadow_lr_multiplier,
     )

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.errors import DataError
+from shadowpeft.train.data import token_ids
 from shadowpeft.train.sources import HTTP_ERRORS, MissingPackageError
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
@@ -45,9 +46,7 @@ def text_files(data: str) -> list[Path]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.is_file() else []
     found = [file for file in files if file.name.endswith(SUFFIXES)]
     if not found:
-        raise DataError(
-            f"there is no text at {data!r}; expected a file or folder with {', '.join(SUFFIXES)}, or hub:NAME"
-        )
+        raise DataError(f"there is no text at {data!r}; expected a file or folder with {', '.join(SUFFIXES)}, or hub:NAME")
     return found
 
 
@@ -168,6 +167,6 @@ class PackedText(IterableDataset):
             number += 1
 
     def _ids(self, text: str) -> list[int]:
-        ids = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        end = self._tokenizer.eos_token_id
+        ids = token_ids(self._tokenizer, text)
+        end: Any = self._tokenizer.eos_token_id
         return ids if end is None else [*ids, end]

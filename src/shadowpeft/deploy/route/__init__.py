@@ -1,3 +1,21 @@
 """Deciding on the device whether its answer will do or the cloud is asked."""
 
-__all__: list[str] = []
+from shadowpeft.deploy.route.artefact import Router, fit_router, load_router, save_router
+from shadowpeft.deploy.route.breaker import CircuitBreaker
+from shadowpeft.deploy.route.calibrate import observe, skills_of
+from shadowpeft.deploy.route.cloud import Cloud, CloudSettings
+from shadowpeft.deploy.route.service import EDGE_NAME, EdgeService
+
+__all__ = [
+    "EDGE_NAME",
+    "CircuitBreaker",
+    "Cloud",
+    "CloudSettings",
+    "EdgeService",
+    "Router",
+    "fit_router",
+    "load_router",
+    "observe",
+    "save_router",
+    "skills_of",
+]

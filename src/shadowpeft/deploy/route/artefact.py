@@ -6,6 +6,7 @@ The rows (scores and right or wrong, no texts) stay in it, so that another targe
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,14 @@ class Router:
     def with_target(self, *, max_cloud_share: float | None = None, min_accuracy: float | None = None) -> "Router":
         """The same router at another operating point."""
         confidence = [self.confidence(example.scores) for example in self.examples]
-        threshold = choose_threshold(
-            self.examples, confidence, max_cloud_share=max_cloud_share, min_accuracy=min_accuracy
-        )
+        threshold = choose_threshold(self.examples, confidence, max_cloud_share=max_cloud_share, min_accuracy=min_accuracy)
         return replace(self, point=operating_point(self.examples, confidence, threshold))
+
+
+def _auroc(report: dict[str, Any], name: str) -> float:
+    """Of a confidence score; below any other where right and wrong answers cannot be told apart."""
+    value = report[name]["auroc"]
+    return -1.0 if value is None else value
 
 
 def fit_router(
@@ -84,7 +89,7 @@ def fit_router(
         raise ConfigError("there are no validation rows to fit a router on")
     report = score_report(examples, kind)
     if score is None:
-        score = max(SCORES, key=lambda name: report[name]["auroc"] if report[name]["auroc"] is not None else -1.0)
+        score = max(SCORES, key=partial(_auroc, report))
     if score not in SCORES:
         raise ConfigError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
     open_rows = _open_rows(examples)
@@ -157,7 +162,7 @@ def load_router(path: Path) -> Router:
         values = json.loads(path.read_text(encoding="utf-8"))
         if values["format"] != FORMAT or values["format_version"] != FORMAT_VERSION:
             raise ConfigError(f"{path} is no router of format version {FORMAT_VERSION}; calibrate again")
-        point = {key: tuple(v) if isinstance(v, list) else v for key, v in values["point"].items()}
+        point: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values["point"].items()}
         return Router(
             score=values["score"],
             calibration=calibrations.from_dict(values["calibration"]),

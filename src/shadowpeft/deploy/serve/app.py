@@ -20,9 +20,7 @@ from shadowpeft.deploy.serve.replies import Replies
 from shadowpeft.deploy.serve.service import Answer, Service
 
 
-def create_app(
-    service: Service, *, api_key: str | None = None, max_bytes: int = 2**20, body_seconds: float = 30.0
-) -> FastAPI:
+def create_app(service: Service, *, api_key: str | None = None, max_bytes: int = 2**20, body_seconds: float = 30.0) -> FastAPI:
     """The application around ``service``, which is closed when the server goes down.
 
     Args:
@@ -37,9 +35,7 @@ def create_app(
         await service.close()
 
     app = FastAPI(title="shadowpeft", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
-    app.add_middleware(
-        Guards, metrics=service.metrics, api_key=api_key, max_bytes=max_bytes, body_seconds=body_seconds
-    )
+    app.add_middleware(Guards, metrics=service.metrics, api_key=api_key, max_bytes=max_bytes, body_seconds=body_seconds)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     born = int(time.time())
@@ -95,7 +91,7 @@ async def _answer(service: Service, http: HttpRequest, request: Request) -> Resp
     return JSONResponse(body)
 
 
-async def _counted(events: AsyncIterator[bytes], service: Service, replies: Replies, answer: Answer) -> Any:
+async def _counted(events: AsyncIterator[bytes], service: Service, replies: Replies, answer: Answer) -> AsyncIterator[bytes]:
     async for event in events:
         yield event
     _count(service, replies, answer)

@@ -62,11 +62,9 @@ def merge(first: Batch, second: Batch) -> Batch:
     assert first.mask is not None and second.mask is not None
     assert first.tokens is not None and second.tokens is not None
     width = max(first.mask.shape[1], second.mask.shape[1])
-    masks = []
-    for batch in (first, second):
-        masks.append(F.pad(batch.mask, (width - batch.mask.shape[1], 0)))
-        for cache in batch.caches.values():
-            joining.widen(cache, width)
+    masks = [F.pad(mask, (width - mask.shape[1], 0)) for mask in (first.mask, second.mask)]
+    for cache in (*first.caches.values(), *second.caches.values()):
+        joining.widen(cache, width)
     caches = dict(first.caches)
     for name, cache in second.caches.items():
         if name in caches:

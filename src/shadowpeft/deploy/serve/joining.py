@@ -4,6 +4,8 @@ A row's keys end in the last column; columns in front of its first token hold ze
 all columns. A windowed layer stores only its last ``window - 1`` columns.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -33,9 +35,14 @@ def stored_columns(layer: DynamicLayer, width: int) -> int:
     return min(width, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else width
 
 
+def _layers(cache: Cache) -> list[Any]:
+    """The layers with their keys and values [B, H, T, D], which all layers of :func:`new_cache` hold after a pass."""
+    return cache.layers
+
+
 def widen(cache: Cache, width: int) -> None:
     """Adds empty columns on the left until there are ``width``."""
-    for layer in cache.layers:
+    for layer in _layers(cache):
         missing = stored_columns(layer, width) - layer.keys.shape[-2]
         if missing:
             layer.keys, layer.values = (F.pad(part, (0, 0, missing, 0)) for part in (layer.keys, layer.values))
@@ -44,7 +51,7 @@ def widen(cache: Cache, width: int) -> None:
 
 def narrow(cache: Cache, width: int) -> None:
     """Drops columns on the left until there are ``width``."""
-    for layer in cache.layers:
+    for layer in _layers(cache):
         surplus = layer.keys.shape[-2] - stored_columns(layer, width)
         if surplus:
             layer.keys, layer.values = layer.keys[..., surplus:, :], layer.values[..., surplus:, :]
@@ -53,7 +60,7 @@ def narrow(cache: Cache, width: int) -> None:
 
 def join(first: Cache, second: Cache) -> None:
     """Appends the rows of ``second`` to ``first``; both have the same width."""
-    for left, right in zip(first.layers, second.layers, strict=True):
+    for left, right in zip(_layers(first), _layers(second), strict=True):
         left.keys, left.values = torch.cat([left.keys, right.keys]), torch.cat([left.values, right.values])
 
 

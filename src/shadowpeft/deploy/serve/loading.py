@@ -11,7 +11,8 @@ from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
-from shadowpeft.train.tasks import TASKS, Task
+from shadowpeft.train.run import task_named
+from shadowpeft.train.tasks import Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +96,10 @@ def task_or_none(name: str | None) -> Task | None:
     """
     if name is None:
         return None
-    if name not in TASKS:
-        raise ConfigError(f"unknown task {name!r}; choose one of {', '.join(sorted(TASKS))}")
-    if TASKS[name].kind != "generation":
-        raise ConfigError(f"task {name!r} is answered by a {TASKS[name].kind}, not by text; it cannot be served")
-    return TASKS[name]
+    task = task_named(name)
+    if task.kind != "generation":
+        raise ConfigError(f"task {name!r} is answered by a {task.kind}, not by text; it cannot be served")
+    return task
 
 
 def _tokenizer_place(folder: Path | None, base: str) -> str:

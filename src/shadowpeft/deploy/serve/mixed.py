@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from shadowpeft.core import ShadowRun
 from shadowpeft.deploy.serve.joining import new_cache
 from shadowpeft.model import ShadowModel
-from shadowpeft.model.architectures import architecture_of, decoder_of
+from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
 from shadowpeft.model.attach import RUN_KEYWORD
 
 
@@ -55,9 +55,7 @@ class MixedRun:
         return h
 
 
-def mixed_logits(
-    model: PreTrainedModel, paths: Sequence[Path], ids: Tensor, mask: Tensor, caches: dict[str, Cache]
-) -> Tensor:
+def mixed_logits(model: PreTrainedModel, paths: Sequence[Path], ids: Tensor, mask: Tensor, caches: dict[str, Cache]) -> Tensor:
     """Logits of the next token of every row, [B, V].
 
     Args:
@@ -96,7 +94,7 @@ def mixed_logits(
         hidden[rows] = piece
     assert hidden is not None
     base = model.base if isinstance(model, ShadowModel) else model
-    return architecture_of(base.config).finish_logits(base.config, base.get_output_embeddings()(hidden))
+    return architecture_of(base.config).finish_logits(base.config, head_of(base)(hidden))
 
 
 def _base_hidden(

@@ -1,12 +1,13 @@
 """From messages and texts to the token ids that the model was trained to answer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.protocol import Message
-from shadowpeft.train.data import uses_chat
+from shadowpeft.train.data import token_ids, uses_chat
 from shadowpeft.train.tasks import Task
 
 
@@ -23,9 +24,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ta
         if not uses_chat(tokenizer):
             return text_ids(tokenizer, prompt)
     if uses_chat(tokenizer):
-        text = tokenizer.apply_chat_template(
-            turns, add_generation_prompt=True, tokenize=False, enable_thinking=False
-        )
+        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, enable_thinking=False)
         return _encode(tokenizer, str(text))
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
     return text_ids(tokenizer, "\n".join([*lines, "Assistant:"]))
@@ -33,8 +32,8 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ta
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a plain text, with BOS in front if the tokenizer has one."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [*start, *_encode(tokenizer, text)]
+    start: Any = tokenizer.bos_token_id
+    return [*([] if start is None else [start]), *_encode(tokenizer, text)]
 
 
 def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
@@ -52,4 +51,4 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ApiError("the text holds half a surrogate pair, which is no character", code="invalid_value")
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return token_ids(tokenizer, text)

@@ -52,10 +52,14 @@ class Answer(Protocol):
     ``info`` holds what is said about the answer beside OpenAI's fields; complete once ``events`` has ended.
     """
 
-    model: str
-    num_prompt_tokens: int
     num_choices: int
     info: dict[str, Any]
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def num_prompt_tokens(self) -> int: ...
 
     def events(self) -> AsyncIterator[tuple[int, Piece | End]]:
         """(choice, event) until every choice has ended. Raises ApiError if one fails."""
@@ -195,9 +199,7 @@ class LocalService:
                 param="model",
             )
         if request.num_top is not None:
-            raise ApiError(
-                "speculative answers carry no logprobs; leave them out", code="unsupported", param="logprobs"
-            )
+            raise ApiError("speculative answers carry no logprobs; leave them out", code="unsupported", param="logprobs")
 
     def _prompts(self, request: Request) -> list[list[int]]:
         if isinstance(request, ChatRequest):

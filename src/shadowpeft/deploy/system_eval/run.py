@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,7 @@ def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[s
     replays, num_bytes, cloud_logprobs = _replay_all(config, task, prompts, edge_folder, tell)
     out = [is_out_of_scope(task, row) for row in rows]
     right = {name: _right(task, one, rows) for name, one in replays.items()}
-    systems = {
-        name: system_figures(one, right[name], out, num_bytes.get(name)) for name, one in replays.items()
-    }
+    systems = {name: system_figures(one, right[name], out, num_bytes.get(name)) for name, one in replays.items()}
     for name in systems:
         systems[name]["time_against_attached"] = systems[name]["seconds"] / systems["attached"]["seconds"]
     scores = [reply.info["scores"] for reply in replays["edge only"].replies]
@@ -114,15 +113,15 @@ def _replay_all(
 ) -> tuple[dict[str, Replay], dict[str, dict[str, int]], list[list[float]]]:
     """(replay of each system, bytes on its link, log-probabilities of the attached model's tokens)."""
     max_tokens = config.max_tokens or task.max_new_tokens
-    options = {"max_tokens": max_tokens, "concurrency": config.concurrency}
+    ask = partial(replay, max_tokens=max_tokens, concurrency=config.concurrency)
     replays: dict[str, Replay] = {}
     num_bytes: dict[str, dict[str, int]] = {}
 
     def measure(name: str, url: str, model: str, link: Link | None) -> None:
         tell(f"replaying {len(prompts)} rows: {name}")
-        replay(url, model, prompts[:_WARM_UP], **options)
+        ask(url, model, prompts[:_WARM_UP])
         before = dict(link.num_bytes) if link else {}
-        replays[name] = replay(url, model, prompts, **options)
+        replays[name] = ask(url, model, prompts)
         if link is not None:
             num_bytes[name] = {way: count - before[way] for way, count in link.num_bytes.items()}
 
@@ -130,8 +129,8 @@ def _replay_all(
     with _behind_link(config, ["serve", f"{CLOUD_NAME}={config.adapter}", *base]) as (direct, url, link):
         measure("attached", url, CLOUD_NAME, link)
         tell("asking the attached model for its probabilities")
-        probing = {**options, "concurrency": 8, "with_logprobs": True}
-        logprobs = [reply.logprobs or [0.0] for reply in replay(direct, CLOUD_NAME, prompts, **probing).replies]
+        probed = ask(direct, CLOUD_NAME, prompts, concurrency=8, with_logprobs=True)
+        logprobs = [reply.logprobs or [0.0] for reply in probed.replies]
         with running_server(_edge_arguments(config, edge_folder, url)) as edge:
             measure("edge only", edge.url, "edge:local", None)
             measure("edge and cloud", edge.url, "edge", link)
@@ -163,4 +162,3 @@ def _edge_arguments(config: SystemConfig, folder: Path, cloud: str) -> list[str]
 
 def _base_name(config: SystemConfig) -> str:
     return config.base or checkpoints.read_config(checkpoints.find_folder(config.adapter))["base"]["name_or_path"]
-

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -138,8 +138,9 @@ def adapted_modules(base: PreTrainedModel, targets: tuple[str, ...]) -> dict[str
     """
     shapes = {}
     for name, module in base.named_modules():
-        if name.rpartition(".")[2] in targets and getattr(module, "weight", None) is not None:
-            rows, columns = module.weight.shape
+        weight = getattr(module, "weight", None)
+        if name.rpartition(".")[2] in targets and isinstance(weight, Tensor):
+            rows, columns = weight.shape
             shapes[name] = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
     if not shapes:
         linear = sorted({n.rpartition(".")[2] for n, m in blocks_of(decoder_of(base))[0].named_modules()

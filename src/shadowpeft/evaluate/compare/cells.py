@@ -62,10 +62,10 @@ def _sizes(sized: Sized) -> Payload:
 def search(cell: Cell, store: Store) -> Payload:
     """Short runs over the method's settings, compared on validation rows; the test rows are never read."""
     spec, task = store.recipe.search, store.task(cell.task)
+    rows = store.rows(cell.task, "validation", spec.limit_validation)
     trials = []
     for setting in trials_of(store.method(cell.method, cell.base), spec.trials):
         fitted = train_method(cell, store, setting, seed=spec.seed, share=spec.share)
-        rows = store.rows(cell.task, "validation", spec.limit_validation)
         loss = answer_loss(fitted.model, fitted.tokenizer, task, rows, **loss_options(fitted))
         metric = None
         if spec.criterion == "metric":

@@ -40,9 +40,7 @@ class Estimated:
     hours: float | None
 
 
-def estimate(
-    cells: list[Cell], store: Store, measured: dict[tuple[str, str, str], float] | None = None
-) -> list[Estimated]:
+def estimate(cells: list[Cell], store: Store, measured: dict[tuple[str, str, str], float] | None = None) -> list[Estimated]:
     """Groups cells that differ in the seed alone.
 
     Args:
@@ -56,10 +54,10 @@ def estimate(
 
 def _of_group(group: list[Cell], store: Store, measured: dict[tuple[str, str, str], float]) -> Estimated:
     cell, recipe = group[0], store.recipe
-    shared: dict[str, Any] = {
-        name: getattr(cell, name) for name in ("section", "base", "task", "method", "variant")
-    } | {"cells": len(group)}
-    nothing = {"sized": None, "problem": None, "steps": None, "memory_gib": None, "hours": None}
+    shared: dict[str, Any] = {name: getattr(cell, name) for name in ("section", "base", "task", "method", "variant")} | {
+        "cells": len(group)
+    }
+    nothing: dict[str, Any] = {"sized": None, "problem": None, "steps": None, "memory_gib": None, "hours": None}
     if cell.section == "latency":
         return Estimated(**shared, **nothing)
     try:

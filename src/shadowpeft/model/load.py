@@ -1,13 +1,13 @@
-"""Adapters as the deploying commands want them: attached, with whatever tokenizer goes with them."""
+"""Saved adapters as commands want them: attached to their base, with the tokenizer that goes with them."""
 
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowpeft.errors import ArchitectureError, ConfigError
-from shadowpeft.model import ShadowModel
+from shadowpeft.errors import ArchitectureError
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.wrapper import ShadowModel
 
 
 def load_attached(
@@ -18,12 +18,25 @@ def load_attached(
     described = checkpoints.read_config(folder)["base"]
     loaded: PreTrainedModel | None = None
     if base is not None:
-        labels = described["num_labels"] and [described["id2label"][str(i)] for i in range(described["num_labels"])]
-        loaded = load_model(base, labels=labels)
+        loaded = load_model(base, labels=checkpoints.label_names(described))
     model = ShadowModel.from_pretrained(folder, loaded, allow_other_weights=allow_other_weights)
     tokenizer = find_tokenizer(str(folder), base or described["name_or_path"])
     if tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def load_with_tokenizer(
+    adapter: str, *, base: str | None = None, allow_other_weights: bool = False
+) -> tuple[ShadowModel, PreTrainedTokenizerBase]:
+    """:func:`load_attached` for those who read or write text.
+
+    Raises:
+        ArchitectureError: neither the adapter nor its base has a tokenizer.
+    """
+    model, tokenizer = load_attached(adapter, base=base, allow_other_weights=allow_other_weights)
+    tokenizer = tokenizer or load_tokenizer(model.base.name_or_path or adapter)  # which says what is missing
+    model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
 
@@ -37,17 +50,3 @@ def find_tokenizer(*places: str | None) -> PreTrainedTokenizerBase | None:
         except ArchitectureError:
             continue
     return None
-
-
-def new_folder(path: Path | str) -> Path:
-    """``path``, if it is empty or absent.
-
-    Raises:
-        ConfigError: something is there already.
-    """
-    folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; choose another output folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise ConfigError(f"the output folder {folder} is not empty; choose another, or empty it")
-    return folder

@@ -1,0 +1,64 @@
+"""`shadowpeft info`: describe this installation or an adapter."""
+
+import json
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+from shadowpeft._version import __version__
+from shadowpeft.core import ShadowConfig
+from shadowpeft.core.kernels import step_backend
+from shadowpeft.model import ARCHITECTURES
+from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.train.tasks import TASKS
+
+
+def info(adapter: str | None, console: Console) -> None:
+    """Prints this installation, or an adapter's description."""
+    table = Table(show_header=False)
+    if adapter is None:
+        for key, value in _installation().items():
+            table.add_row(key, value)
+    else:
+        for key, value in _description(checkpoints.find_folder(adapter)).items():
+            table.add_row(key, value)
+    console.print(table)
+
+
+def _installation() -> dict[str, str]:
+    return {
+        "shadowpeft": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else "none (CPU)",
+        "training step": "{}: {}".format(*step_backend(ShadowConfig(), device=_device(), dtype=_dtype())),
+        "tasks": ", ".join(sorted(TASKS)),
+        "architectures": ", ".join(sorted(ARCHITECTURES)),
+    }
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype() -> torch.dtype:
+    """What a base is usually loaded in here."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+def _description(folder: Path) -> dict[str, str]:
+    described = checkpoints.read_config(folder)
+    base = described["base"]
+    size = (folder / checkpoints.WEIGHTS_FILE).stat().st_size if (folder / checkpoints.WEIGHTS_FILE).is_file() else 0
+    settings = {key: json.dumps(value) for key, value in sorted(described["shadow"].items()) if value is not None}
+    return {
+        "base": f"{base['name_or_path']} ({base['architecture']}, {base['num_blocks']} blocks of {base['hidden_size']})",
+        "weights": f"{size:,} bytes",
+        "written by": f"shadowpeft {described['library_version']}",
+        **settings,
+    }

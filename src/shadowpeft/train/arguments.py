@@ -1,0 +1,38 @@
+"""Our settings in the words of transformers' Trainer, the same for training and pretraining."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.pretrain_config import PretrainConfig
+
+
+def shared_arguments(config: TrainConfig | PretrainConfig, folder: Path, **own: Any) -> TrainingArguments:
+    """The settings that both kinds of run have, and the ``own`` ones of one kind; checkpoints go into ``folder``."""
+    has_gpu = torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        bf16=has_gpu and config.dtype == "bfloat16",
+        use_cpu=not has_gpu,
+        seed=config.seed,
+        data_seed=config.seed,
+        logging_steps=config.log_every,
+        logging_first_step=True,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to=[] if config.report_to == "none" else config.report_to.split(","),
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=has_gpu,
+        **own,
+    )
