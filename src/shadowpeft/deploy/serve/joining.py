@@ -62,6 +62,24 @@ def keep(cache: Cache, rows: Tensor) -> None:
     cache.batch_select_indices(rows)
 
 
+def realign(cache: Cache, *, num_columns: int, ends: Tensor, width: int) -> None:
+    """Moves every row so that it ends in the last of ``width`` columns; what is behind its end is dropped.
+
+    Args:
+        num_columns: columns so far. Windows were recorded since the last call (``generate.rollback.recording``), so
+            that they still hold what a row that moves to the right needs.
+        ends: [b], the column behind each row's last token.
+    """
+    for layer in cache.layers:
+        stored, kept = layer.keys.shape[-2], stored_columns(layer, width)
+        columns = torch.arange(width - kept, width, device=ends.device) + (ends[:, None] - width)
+        # Columns in front of a row's first token may come from anywhere, since masks hide them.
+        places = (columns - (num_columns - stored)).clamp(min=0).to(layer.keys.device)[:, None, :, None]
+        layer.keys = layer.keys.gather(-2, places.expand(*layer.keys.shape[:2], -1, layer.keys.shape[-1]))
+        layer.values = layer.values.gather(-2, places.expand(*layer.values.shape[:2], -1, layer.values.shape[-1]))
+        _set_width(layer, width)
+
+
 def _set_width(layer: DynamicLayer, width: int) -> None:
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = width

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from shadowpeft.deploy.serve import speculation
 from shadowpeft.deploy.serve.catalogue import Entry, find
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.metrics import Metrics
@@ -161,8 +160,6 @@ class LocalService:
             ApiError: unknown model, a prompt that does not fit, too many waiting.
         """
         entry = find(self.entries, request.model)
-        if entry.mode == "speculative":
-            self._check_speculation(request)
         prompts = self._prompts(request)
         jobs = []
         for prompt in prompts:
@@ -185,19 +182,6 @@ class LocalService:
 
         answer.sequences = self._scheduler.submit(jobs, [partial(emit, choice) for choice in range(len(jobs))])
         return answer
-
-    def _check_speculation(self, request: Request) -> None:
-        if not speculation.is_available():
-            raise ApiError(
-                "speculative decoding is not available in this installation; ask for the adapter's own name",
-                status=501,
-                code="not_available",
-                param="model",
-            )
-        if request.num_top is not None:
-            raise ApiError(
-                "speculative answers carry no logprobs; leave them out", code="unsupported", param="logprobs"
-            )
 
     def _prompts(self, request: Request) -> list[list[int]]:
         if isinstance(request, ChatRequest):
