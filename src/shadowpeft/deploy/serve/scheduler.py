@@ -11,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve import batch as batches
 from shadowpeft.deploy.serve import speculation
 from shadowpeft.deploy.serve.batch import Batch
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.sequence import Event, Job, Sequence
 
@@ -27,7 +28,7 @@ class Scheduler:
     """Decodes jobs together.
 
     Args:
-        model: a shadow model, or a plain causal language model.
+        model: a shadow model, a plain causal language model, or an exported one.
         tokenizer: its tokenizer.
         metrics: counts what happens.
         max_batch: rows decoded together at most.
@@ -38,7 +39,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Served,
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
         *,

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve.catalogue import Entry, find
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.prompts import chat_ids, check_ids, text_ids
 from shadowpeft.deploy.serve.protocol import ChatRequest, Request
@@ -115,14 +116,14 @@ class LocalService:
     """Answers with a model of this process.
 
     Args:
-        model: a shadow model with its adapters, or a plain causal language model.
+        model: a shadow model with its adapters, a plain causal language model, or an exported one.
         tokenizer: the model's.
         entries: names that clients may use.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Served,
         tokenizer: PreTrainedTokenizerBase,
         entries: dict[str, Entry],
         settings: Settings,

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from shadowpeft.deploy.serve import batch as batches
 from shadowpeft.deploy.serve import joining
 from shadowpeft.deploy.serve.batch import Batch
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.mixed import States, base_hidden, draft_logits, head_logits, initial_states
 from shadowpeft.deploy.serve.sampling import Sampling, distribution, draw, facts, uniform
 from shadowpeft.deploy.serve.sequence import Sequence
 from shadowpeft.generate.rollback import recording
+from shadowpeft.model import ShadowModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +46,13 @@ class Proposal:
 
 
 @torch.inference_mode()
-def step(model: PreTrainedModel, batch: Batch, count: Callable[[int, int], None]) -> Batch:
+def step(model: Served, batch: Batch, count: Callable[[int, int], None]) -> Batch:
     """One round: between 1 and ``num_drafts + 1`` tokens more for every row.
 
     Args:
         count: told how many tokens were drafted, and how many of them became part of an answer.
     """
+    assert isinstance(model, ShadowModel)  # no other has a mode that drafts
     paths = [sequence.job.path for sequence in batch.sequences]
     with contextlib.ExitStack() as stack:
         for cache in batch.caches.values():
@@ -63,7 +65,7 @@ def step(model: PreTrainedModel, batch: Batch, count: Callable[[int, int], None]
     return batches.keep(batch, going)
 
 
-def _propose(model: PreTrainedModel, batch: Batch) -> Proposal:
+def _propose(model: ShadowModel, batch: Batch) -> Proposal:
     assert batch.mask is not None and batch.tokens is not None
     sequences, paths = batch.sequences, [sequence.job.path for sequence in batch.sequences]
     # A round adds one token more than it drafts; what would lie past an answer's end is not drafted.
