@@ -9,6 +9,7 @@ from transformers import AutoConfig, Cache, DynamicCache, GenerationConfig, PreT
 
 from shadowpeft.deploy.onnx import ONNX_FILE
 from shadowpeft.deploy.onnx_model import OnnxModel
+from shadowpeft.deploy.serve.joining import layers_of
 from shadowpeft.errors import ArchitectureError
 
 
@@ -63,7 +64,7 @@ Served = PreTrainedModel | ExportedModel
 def _arrays(cache: Cache) -> dict[str, np.ndarray]:
     return {
         f"past_key_values.{index}.{part}": np.ascontiguousarray(values.numpy())
-        for index, layer in enumerate(cache.layers)
+        for index, layer in enumerate(layers_of(cache))
         for part, values in (("key", layer.keys), ("value", layer.values))
     }
 

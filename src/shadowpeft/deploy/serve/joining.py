@@ -4,6 +4,8 @@ A row's keys end in the last column; columns in front of its first token hold ze
 all columns. A windowed layer stores only its last ``window - 1`` columns.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,13 +31,18 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
+def layers_of(cache: Cache) -> list[Any]:
+    """Its layers, which hold keys and values [b, heads, columns, head size]; transformers' own type promises less."""
+    return cache.layers
+
+
 def stored_columns(layer: DynamicLayer, width: int) -> int:
     return min(width, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else width
 
 
 def widen(cache: Cache, width: int) -> None:
     """Adds empty columns on the left until there are ``width``."""
-    for layer in cache.layers:
+    for layer in layers_of(cache):
         missing = stored_columns(layer, width) - layer.keys.shape[-2]
         if missing:
             layer.keys, layer.values = (F.pad(part, (0, 0, missing, 0)) for part in (layer.keys, layer.values))
@@ -44,7 +51,7 @@ def widen(cache: Cache, width: int) -> None:
 
 def narrow(cache: Cache, width: int) -> None:
     """Drops columns on the left until there are ``width``."""
-    for layer in cache.layers:
+    for layer in layers_of(cache):
         surplus = layer.keys.shape[-2] - stored_columns(layer, width)
         if surplus:
             layer.keys, layer.values = layer.keys[..., surplus:, :], layer.values[..., surplus:, :]
@@ -53,7 +60,7 @@ def narrow(cache: Cache, width: int) -> None:
 
 def join(first: Cache, second: Cache) -> None:
     """Appends the rows of ``second`` to ``first``; both have the same width."""
-    for left, right in zip(first.layers, second.layers, strict=True):
+    for left, right in zip(layers_of(first), layers_of(second), strict=True):
         left.keys, left.values = torch.cat([left.keys, right.keys]), torch.cat([left.values, right.values])
 
 
@@ -70,7 +77,7 @@ def realign(cache: Cache, *, num_columns: int, ends: Tensor, width: int) -> None
             that they still hold what a row that moves to the right needs.
         ends: [b], the column behind each row's last token.
     """
-    for layer in cache.layers:
+    for layer in layers_of(cache):
         stored, kept = layer.keys.shape[-2], stored_columns(layer, width)
         columns = torch.arange(width - kept, width, device=ends.device) + (ends[:, None] - width)
         # Columns in front of a row's first token may come from anywhere, since masks hide them.
