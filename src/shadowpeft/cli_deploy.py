@@ -80,7 +80,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
 
     @app.command()
     def edge(
-        model: Annotated[str, typer.Argument(help="detached shadow, or an adapter folder to detach here")],
+        model: Annotated[str, typer.Argument(help="detached shadow, exported ONNX folder, or adapter to detach here")],
         router: RouterFile,
         cloud: Annotated[str | None, typer.Option(help="address of the cloud, such as http://127.0.0.1:8000")] = None,
         cloud_model: Annotated[str | None, typer.Option(help="name of the attached model there")] = None,

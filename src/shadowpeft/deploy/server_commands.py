@@ -176,7 +176,7 @@ def rows_of(task: Task, split: str, *, source: Path | None, extra: list[Path], l
 
 
 def _settings(values: dict[str, Any], task: str | None) -> Settings:
-    for name in ("max_batch", "max_waiting", "max_new_tokens"):
+    for name in ("max_batch", "max_waiting", "max_new_tokens", "num_drafts"):
         if values.get(name, 1) < 1:
             raise ConfigError(f"{name}={values[name]} is not valid: expected at least 1")
     if values.get("request_seconds", 1.0) <= 0:

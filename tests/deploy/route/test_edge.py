@@ -60,13 +60,13 @@ def router(threshold=0.5, skills=None):
 
 
 @contextlib.contextmanager
-def edge(url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, **options):
+def edge(url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, cloud_model="robot", **options):
     local = edge_service(Loaded(model=DETACHED, tokenizer=TOKENIZER, adapters=[]), Settings(temperature=0.0))
-    settings = {"total_seconds": 3.0, "max_attempts": 2, "first_pause": 0.01} | options
+    settings = {"model": cloud_model, "total_seconds": 3.0, "max_attempts": 2, "first_pause": 0.01} | options
     breaker = CircuitBreaker(max_failures=settings.pop("max_failures", 50), open_seconds=60)
     cloud = None
     if url is not None:
-        cloud = Cloud(CloudSettings(url=url, model="robot", **settings), local.metrics, breaker=breaker)
+        cloud = Cloud(CloudSettings(url=url, **settings), local.metrics, breaker=breaker)
     service = EdgeService(local, router(threshold, skills), cloud, never_escalate=never)
     with running(create_app(service)) as address:
         yield address, service
@@ -151,6 +151,24 @@ def test_an_unsure_answer_comes_from_a_real_cloud_batched_with_others():
         streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
         assert streamed == text_of(direct) and chunks[-1].shadow["answered_by"] == "cloud"
         assert service.describe()["seen"] == {"answers": 2, "cloud": 2, "degraded": 0, "escalated": 2}
+
+
+def test_drafts_of_a_speculating_cloud_are_passed_on():
+    server = LocalService(MODEL, TOKENIZER, catalogue(MODEL.networks), Settings(temperature=0.0))
+    with running(create_app(server)) as url, edge(url, cloud_model="robot:speculative") as (address, _):
+        answer, direct = ask(address), ask(url, model="robot:speculative")
+        assert text_of(answer) == text_of(direct) and answer["usage"] == direct["usage"]
+        assert answer["shadow"]["drafted"] == direct["shadow"]["drafted"] > 0
+        assert answer["shadow"]["accepted"] == direct["shadow"]["accepted"]
+
+
+@pytest.mark.parametrize("details", [None, [], {}, {"accepted_prediction_tokens": "many"}])
+def test_odd_counts_of_drafts_do_no_harm(details):
+    choice = {"index": 0, "message": {"role": "assistant", "content": "sit()"}, "finish_reason": "stop"}
+    usage = {"completion_tokens": 3, "completion_tokens_details": details}
+    with scripted(http({"choices": [choice], "usage": usage})) as (url, _), edge(url) as (address, _):
+        answer = ask(address)
+        assert text_of(answer) == "sit()" and "drafted" not in answer["shadow"]
 
 
 def test_what_is_no_skill_goes_to_the_cloud_however_sure_the_edge_is():

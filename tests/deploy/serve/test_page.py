@@ -11,8 +11,9 @@ from shadowpeft.deploy.route.operating import Example
 from shadowpeft.deploy.route.scores import SCORES
 from shadowpeft.deploy.route.service import EdgeService
 from shadowpeft.deploy.serve.app import create_app
+from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.loading import Loaded
-from shadowpeft.deploy.serve.service import Settings
+from shadowpeft.deploy.serve.service import LocalService, Settings
 from shadowpeft.deploy.server_commands import edge_service
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -48,4 +49,25 @@ def test_a_chat_by_keyboard_shows_who_answered_how_surely_and_the_threshold_on_t
         assert "Sit down" in said and "confidence" in said and " ms" in said
         page.wait_for_selector("#live", state="attached")
         assert "nothing leaves the device" in page.inner_text("#point") and not faults
+        browser.close()
+
+
+def test_a_chat_with_drafts_shows_how_many_were_accepted():
+    model = shadow_model(adapters=("robot",))
+    service = LocalService(
+        model, byte_tokenizer(), catalogue(model.networks), Settings(temperature=0.0, max_new_tokens=9)
+    )
+    with running(create_app(service)) as url, playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.goto(url)
+        page.wait_for_selector("#model option", state="attached")
+        page.select_option("#model", "robot:speculative")
+        page.fill("#prompt", "Sit down")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("article.server small:last-child")
+        drafted = int(service.metrics.value("drafted_tokens_total"))
+        accepted = int(service.metrics.value("accepted_tokens_total"))
+        said = page.inner_text("article.server")
+        assert drafted > 0 and f"{accepted} of {drafted} drafted tokens accepted" in said
         browser.close()

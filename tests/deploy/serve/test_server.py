@@ -66,7 +66,7 @@ def expected_text(prompt, name="robot", length=12, **options):
 # ---------------------------------------------------------------- the official client
 
 
-@pytest.mark.parametrize("name", ["robot", "home", "robot:attached", "home:detached", "base"])
+@pytest.mark.parametrize("name", ["robot", "home", "robot:attached", "robot:speculative", "home:detached", "base"])
 def test_the_official_client_gets_the_greedy_answer_of_the_model_it_names(client, name):
     answer = client.completions.create(model=name, prompt="Sit down", max_tokens=12)
     assert answer.choices[0].text == expected_text("Sit down", name)
@@ -150,10 +150,10 @@ def test_an_answer_ends_in_front_of_a_stop_sequence(client):
 
 def test_answers_that_are_asked_for_together_are_decoded_together(service, client):
     before = service.metrics.value("batch_rows_bucket", le="1.0"), service.metrics.value("batch_rows_count")
-    names, texts = ["robot", "home", "base", "home:detached"], {}
+    names, texts = ["robot", "home", "base", "home:detached", "home:speculative", "robot:speculative"], {}
 
     def ask(i):
-        name, prompt = names[i % 4], f"number {i}"
+        name, prompt = names[i % 6], f"number {i}"
         texts[i] = client.completions.create(model=name, prompt=prompt, max_tokens=30).choices[0].text
 
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
@@ -161,7 +161,7 @@ def test_answers_that_are_asked_for_together_are_decoded_together(service, clien
         thread.start()
     for thread in threads:
         thread.join()
-    assert texts == {i: expected_text(f"number {i}", names[i % 4], 30) for i in range(12)}
+    assert texts == {i: expected_text(f"number {i}", names[i % 6], 30) for i in range(12)}
     steps = service.metrics.value("batch_rows_count") - before[1]
     assert steps < 12 * 29 / 2
 
@@ -243,10 +243,11 @@ def test_binary_rubbish_on_the_socket_does_no_harm(address, raw):
     assert raw.get("/healthz").status_code == 200
 
 
+@pytest.mark.parametrize("name", ["robot", "robot:speculative"])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_place(service, address, stream):
+def test_a_client_that_leaves_frees_its_place(service, address, stream, name):
     before = service.metrics.value("cancelled_total")
-    asked = {"model": "robot", "prompt": "x", "max_tokens": 250, "stream": stream, "temperature": 1.0}
+    asked = {"model": name, "prompt": "x", "max_tokens": 250, "stream": stream, "temperature": 1.0}
     host, port = address.removeprefix("http://").split(":")
     body = json.dumps(asked)
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
@@ -299,14 +300,44 @@ def test_going_down_finishes_the_answers_that_run():
     assert leaving.health() is not None
 
 
-def test_speculation_is_offered_or_refused_with_a_reason(raw):
-    from shadowpeft.deploy.serve import speculation
+# ---------------------------------------------------------------- drafts
 
-    answer = raw.post("/v1/chat/completions", json={**CHAT, "model": "robot:speculative"})
-    if speculation.is_available():
-        assert answer.status_code == 200 and answer.json()["shadow"]["drafted"] >= 0
-    else:
-        assert answer.status_code == 501 and "not available" in answer.json()["error"]["message"]
+
+def test_speculative_answers_are_the_attached_ones_and_say_how_the_drafts_fared(client, service):
+    before = [service.metrics.value(f"{name}_tokens_total") for name in ("drafted", "accepted")]
+    answer = client.completions.create(model="home:speculative", prompt="Sit down", max_tokens=20, logprobs=1)
+    assert answer.choices[0].text == expected_text("Sit down", "home", 20)
+    assert len(answer.choices[0].logprobs.tokens) == answer.usage.completion_tokens
+    drafted, accepted = answer.shadow["drafted"], answer.shadow["accepted"]
+    assert answer.shadow["mode"] == "speculative" and drafted > 0
+    details = answer.usage.completion_tokens_details
+    assert details.accepted_prediction_tokens == accepted and details.rejected_prediction_tokens == drafted - accepted
+    after = [service.metrics.value(f"{name}_tokens_total") for name in ("drafted", "accepted")]
+    assert [new - old for new, old in zip(after, before, strict=True)] == [drafted, accepted]
+
+
+def test_the_last_event_of_a_speculative_stream_counts_the_drafts_of_all_choices(client):
+    asked = {"model": "robot:speculative", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 15, "n": 2}
+    asked |= {"temperature": 0.7, "seed": 3}
+    whole = client.chat.completions.create(**asked)
+    chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    for choice in whole.choices:
+        pieces = [c.choices[0].delta.content or "" for c in chunks if c.choices and c.choices[0].index == choice.index]
+        assert "".join(pieces) == choice.message.content
+    assert chunks[-1].usage == whole.usage
+    last = [chunk for chunk in chunks if chunk.choices][-1]
+    assert (last.shadow["drafted"], last.shadow["accepted"]) == (whole.shadow["drafted"], whole.shadow["accepted"])
+
+
+def test_a_speculative_answer_ends_in_front_of_a_stop_sequence(client):
+    whole = expected_text("Tell me", length=40)
+    answer = client.completions.create(model="robot:speculative", prompt="Tell me", max_tokens=40, stop=whole[5:7])
+    assert answer.choices[0].text == whole[: whole.index(whole[5:7])] and answer.choices[0].finish_reason == "stop"
+
+
+def test_a_plain_answer_says_nothing_of_drafts(raw):
+    answer = raw.post("/v1/chat/completions", json={**CHAT, "max_tokens": 4}).json()
+    assert "drafted" not in answer["shadow"] and "completion_tokens_details" not in answer["usage"]
 
 
 # ---------------------------------------------------------------- what operators see

@@ -25,12 +25,14 @@ class CloudError(ShadowPeftError):
 
 @dataclass(frozen=True, kw_only=True)
 class CloudAnswer:
-    """What the cloud said."""
+    """What the cloud said. ``num_drafted``, ``num_accepted``: where it says that it speculated, else None."""
 
     text: str
     finish_reason: str
     num_tokens: int
     num_attempts: int
+    num_drafted: int | None = None
+    num_accepted: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,4 +172,23 @@ def _read(reply: httpx.Response, is_chat: bool, attempt: int) -> CloudAnswer:
         raise CloudError("wrong", "the cloud's answer is not of OpenAI's shape") from error
     if not isinstance(text, str) or not isinstance(reason, str) or not isinstance(num_tokens, int):
         raise CloudError("wrong", "the cloud's answer is not of OpenAI's shape")
-    return CloudAnswer(text=text, finish_reason=reason, num_tokens=num_tokens, num_attempts=attempt)
+    drafted, accepted = _drafts(values["usage"])
+    return CloudAnswer(
+        text=text,
+        finish_reason=reason,
+        num_tokens=num_tokens,
+        num_attempts=attempt,
+        num_drafted=drafted,
+        num_accepted=accepted,
+    )
+
+
+def _drafts(usage: dict[str, Any]) -> tuple[int | None, int | None]:
+    """(drafted, accepted) by OpenAI's counts of predicted tokens; an answer is none the worse for odd ones."""
+    details = usage.get("completion_tokens_details")
+    if not isinstance(details, dict):
+        return None, None
+    accepted, rejected = (details.get(f"{kind}_prediction_tokens") for kind in ("accepted", "rejected"))
+    if not isinstance(accepted, int) or not isinstance(rejected, int) or accepted + rejected <= 0:
+        return None, None
+    return accepted + rejected, accepted

@@ -165,6 +165,8 @@ class RoutedAnswer:
             self.info |= {"degraded": True, "cloud_error": error.kind}
         else:
             self.info |= {"answered_by": "cloud", "attempts": answer.num_attempts}
+            if answer.num_drafted is not None:
+                self.info |= {"drafted": answer.num_drafted, "accepted": answer.num_accepted}
             text, end = answer.text, End(reason=answer.finish_reason, num_tokens=answer.num_tokens)
         self.info["cloud_ms"] = round(1000 * (time.monotonic() - started), 2)
         return text, end

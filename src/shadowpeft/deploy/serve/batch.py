@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Cache, PreTrainedModel
+from transformers import Cache
 
 from shadowpeft.deploy.serve import joining
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.exported import ExportedModel, Served
 from shadowpeft.deploy.serve.mixed import mixed_logits
 from shadowpeft.deploy.serve.sampling import choose, facts
 from shadowpeft.deploy.serve.sequence import Sequence
@@ -35,23 +36,22 @@ class Batch:
 
 
 @torch.inference_mode()
-def prefill(model: PreTrainedModel, sequences: list[Sequence]) -> Batch:
+def prefill(model: Served, sequences: list[Sequence]) -> Batch:
     """Reads the prompts and takes one token for each; rows that end with it are left out of the result."""
     width = max(len(sequence.job.prompt) for sequence in sequences)
     rows = [torch.tensor(sequence.job.prompt) for sequence in sequences]
     ids = torch.stack([F.pad(row, (width - len(row), 0)) for row in rows]).to(model.device)
     mask = torch.stack([F.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows]).to(model.device)
     batch = Batch(sequences=list(sequences), mask=mask)
-    return _advance(batch, mixed_logits(model, [s.job.path for s in sequences], ids, mask, batch.caches))
+    return _advance(batch, _next_logits(model, batch, ids))
 
 
 @torch.inference_mode()
-def step(model: PreTrainedModel, batch: Batch) -> Batch:
+def step(model: Served, batch: Batch) -> Batch:
     """One token more for every row."""
     assert batch.mask is not None and batch.tokens is not None
     batch.mask = F.pad(batch.mask, (0, 1), value=1)
-    paths = [sequence.job.path for sequence in batch.sequences]
-    return _advance(batch, mixed_logits(model, paths, batch.tokens[:, None], batch.mask, batch.caches))
+    return _advance(batch, _next_logits(model, batch, batch.tokens[:, None]))
 
 
 @torch.inference_mode()
@@ -104,6 +104,14 @@ def keep(batch: Batch, rows: list[int]) -> Batch:
         tokens=batch.tokens[chosen],
         caches=caches,
     )
+
+
+def _next_logits(model: Served, batch: Batch, ids: Tensor) -> Tensor:
+    """[B, V], behind the new tokens ``ids`` [B, T], which the mask counts already."""
+    assert batch.mask is not None
+    if isinstance(model, ExportedModel):
+        return model.next_logits(ids, batch.mask, batch.caches)
+    return mixed_logits(model, [s.job.path for s in batch.sequences], ids, batch.mask, batch.caches)
 
 
 def _advance(batch: Batch, logits: Tensor) -> Batch:

@@ -31,18 +31,18 @@ def new_cache(config: PreTrainedConfig) -> DynamicCache:
     return cache
 
 
+def layers_of(cache: Cache) -> list[Any]:
+    """Its layers, which hold keys and values [b, heads, columns, head size]; transformers' own type promises less."""
+    return cache.layers
+
+
 def stored_columns(layer: DynamicLayer, width: int) -> int:
     return min(width, layer.sliding_window - 1) if isinstance(layer, DynamicSlidingWindowLayer) else width
 
 
-def _layers(cache: Cache) -> list[Any]:
-    """The layers with their keys and values [B, H, T, D], which all layers of :func:`new_cache` hold after a pass."""
-    return cache.layers
-
-
 def widen(cache: Cache, width: int) -> None:
     """Adds empty columns on the left until there are ``width``."""
-    for layer in _layers(cache):
+    for layer in layers_of(cache):
         missing = stored_columns(layer, width) - layer.keys.shape[-2]
         if missing:
             layer.keys, layer.values = (F.pad(part, (0, 0, missing, 0)) for part in (layer.keys, layer.values))
@@ -51,7 +51,7 @@ def widen(cache: Cache, width: int) -> None:
 
 def narrow(cache: Cache, width: int) -> None:
     """Drops columns on the left until there are ``width``."""
-    for layer in _layers(cache):
+    for layer in layers_of(cache):
         surplus = layer.keys.shape[-2] - stored_columns(layer, width)
         if surplus:
             layer.keys, layer.values = layer.keys[..., surplus:, :], layer.values[..., surplus:, :]
@@ -60,13 +60,31 @@ def narrow(cache: Cache, width: int) -> None:
 
 def join(first: Cache, second: Cache) -> None:
     """Appends the rows of ``second`` to ``first``; both have the same width."""
-    for left, right in zip(_layers(first), _layers(second), strict=True):
+    for left, right in zip(layers_of(first), layers_of(second), strict=True):
         left.keys, left.values = torch.cat([left.keys, right.keys]), torch.cat([left.values, right.values])
 
 
 def keep(cache: Cache, rows: Tensor) -> None:
     """Keeps ``rows``, in that order."""
     cache.batch_select_indices(rows)
+
+
+def realign(cache: Cache, *, num_columns: int, ends: Tensor, width: int) -> None:
+    """Moves every row so that it ends in the last of ``width`` columns; what is behind its end is dropped.
+
+    Args:
+        num_columns: columns so far. Windows were recorded since the last call (``generate.rollback.recording``), so
+            that they still hold what a row that moves to the right needs.
+        ends: [b], the column behind each row's last token.
+    """
+    for layer in layers_of(cache):
+        stored, kept = layer.keys.shape[-2], stored_columns(layer, width)
+        columns = torch.arange(width - kept, width, device=ends.device) + (ends[:, None] - width)
+        # Columns in front of a row's first token may come from anywhere, since masks hide them.
+        places = (columns - (num_columns - stored)).clamp(min=0).to(layer.keys.device)[:, None, :, None]
+        layer.keys = layer.keys.gather(-2, places.expand(*layer.keys.shape[:2], -1, layer.keys.shape[-1]))
+        layer.values = layer.values.gather(-2, places.expand(*layer.values.shape[:2], -1, layer.values.shape[-1]))
+        _set_width(layer, width)
 
 
 def _set_width(layer: DynamicLayer, width: int) -> None:

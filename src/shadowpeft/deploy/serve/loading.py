@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve.catalogue import is_usable_name
+from shadowpeft.deploy.serve.exported import ExportedModel, Served, is_exported
 from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
@@ -19,7 +20,7 @@ from shadowpeft.train.tasks import Task
 class Loaded:
     """A model with its tokenizer and the names of its adapters."""
 
-    model: PreTrainedModel
+    model: Served
     tokenizer: PreTrainedTokenizerBase
     adapters: list[str]
 
@@ -77,10 +78,16 @@ def load_served(
 
 
 def load_edge(place: str, *, adapter: str | None = None) -> Loaded:
-    """A detached shadow: a folder written by ``detach().save_pretrained``, or an adapter folder, detached here.
+    """A detached shadow: a folder of ``shadowpeft export --format onnx`` (or ``onnx-int8``), which onnxruntime runs; one
+    of ``shadowpeft detach``; or an adapter folder, detached here.
 
-    The second needs the base on the device while loading and is meant for trying out.
+    The last needs the base on the device while loading and is meant for trying out.
+
+    Raises:
+        ShadowPeftError: nothing to load, no tokenizer, or onnxruntime is not installed.
     """
+    if is_exported(place):
+        return Loaded(model=ExportedModel(place), tokenizer=load_tokenizer(place), adapters=[])
     if (Path(place) / checkpoints.CONFIG_FILE).is_file():
         loaded = load_served([f"{adapter or 'edge'}={place}"])
         assert isinstance(loaded.model, ShadowModel)

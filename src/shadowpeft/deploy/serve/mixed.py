@@ -1,6 +1,6 @@
 """One pass of the base for rows that different shadows refine, and rows that none does."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,13 @@ class MixedRun:
         return h
 
 
-def mixed_logits(model: PreTrainedModel, paths: Sequence[Path], ids: Tensor, mask: Tensor, caches: dict[str, Cache]) -> Tensor:
+# Of each adapter: indices [b] of its rows, and their s(0) [b, T, d].
+States = dict[str, tuple[Tensor, Tensor]]
+
+
+def mixed_logits(
+    model: PreTrainedModel, paths: Sequence[Path], ids: Tensor, mask: Tensor, caches: dict[str, Cache]
+) -> Tensor:
     """Logits of the next token of every row, [B, V].
 
     Args:
@@ -65,50 +71,82 @@ def mixed_logits(model: PreTrainedModel, paths: Sequence[Path], ids: Tensor, mas
         mask: [B, W], 1 for tokens, W columns so far with the new ones.
         caches: by name; grown in place, made where missing.
     """
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-
-    def inputs(rows: Tensor) -> dict[str, Any]:
-        return {"attention_mask": mask[rows], "position_ids": positions[rows], "use_cache": True}
-
-    hidden: Tensor | None = None
-    parts: list[tuple[Tensor, ShadowRun]] = []
-    with_base = _rows(paths, lambda path: path.uses_base, ids)
-    place_in_base = torch.zeros(len(paths), dtype=torch.long, device=ids.device)
-    place_in_base[with_base] = torch.arange(len(with_base), device=ids.device)
+    states = initial_states(model, paths, ids, mask, caches)
     pieces: list[tuple[Tensor, Tensor]] = []
+    for rows, initial in states.values():
+        alone = torch.tensor([not paths[row].uses_base for row in rows.tolist()], device=ids.device)
+        if alone.any():
+            pieces.append((rows[alone], initial[alone][:, -1]))
+    with_base = _rows(paths, lambda path: path.uses_base, ids)
+    if len(with_base):
+        pieces.append((with_base, base_hidden(model, paths, states, ids, mask, caches)[:, -1]))
+    return head_logits(model, _in_order(pieces))
+
+
+def initial_states(
+    model: PreTrainedModel, paths: Sequence[Path], ids: Tensor, mask: Tensor, caches: dict[str, Cache]
+) -> States:
+    """s(0) of the new tokens of every row that has a shadow; arguments as for :func:`mixed_logits`."""
+    states: States = {}
     for name in dict.fromkeys(path.adapter for path in paths if path.adapter is not None):
         assert isinstance(model, ShadowModel)
         network = model.network(name)
         rows = _rows(paths, lambda path, name=name: path.adapter == name, ids)
         cache = _cache(caches, f"shadow:{name}", network.backbone.config)
-        initial = model._initial_state(network, ids[rows], None, None, inputs(rows) | {"past_key_values": cache})
-        attached = torch.tensor([paths[row].uses_base for row in rows.tolist()], device=ids.device)
+        inputs = _inputs(rows, ids, mask) | {"past_key_values": cache}
+        states[name] = rows, model._initial_state(network, ids[rows], None, None, inputs)
+    return states
+
+
+def base_hidden(
+    model: PreTrainedModel,
+    paths: Sequence[Path],
+    states: States,
+    ids: Tensor,
+    mask: Tensor,
+    caches: dict[str, Cache],
+) -> Tensor:
+    """The last hidden states [b, T, d] of the b rows that use the base, each refined by its shadow.
+
+    Args:
+        states: of the same tokens, as :func:`initial_states` gives them.
+    """
+    rows = _rows(paths, lambda path: path.uses_base, ids)
+    place = torch.zeros(len(paths), dtype=torch.long, device=ids.device)
+    place[rows] = torch.arange(len(rows), device=ids.device)
+    parts = []
+    for name, (owners, initial) in states.items():
+        assert isinstance(model, ShadowModel)
+        attached = torch.tensor([paths[row].uses_base for row in owners.tolist()], device=ids.device)
         if attached.any():
-            parts.append((place_in_base[rows[attached]], ShadowRun(network, initial[attached])))
-        if not attached.all():
-            pieces.append((rows[~attached], initial[~attached][:, -1]))
-    if len(with_base):
-        pieces.append((with_base, _base_hidden(model, ids[with_base], inputs(with_base), parts, caches)))
-    for rows, piece in pieces:
-        hidden = piece.new_empty(len(paths), piece.shape[-1]) if hidden is None else hidden
-        hidden[rows] = piece
-    assert hidden is not None
+            parts.append((place[owners[attached]], ShadowRun(model.network(name), initial[attached])))
+    decoder = decoder_of(model.base if isinstance(model, ShadowModel) else model)
+    cache = _cache(caches, "base", decoder.config)
+    run = {RUN_KEYWORD: MixedRun(parts)} if parts else {}
+    inputs = _inputs(rows, ids, mask)
+    return decoder(input_ids=ids[rows], past_key_values=cache, **inputs, **run).last_hidden_state
+
+
+def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """The base's head on [..., d] -> [..., V]."""
     base = model.base if isinstance(model, ShadowModel) else model
     return architecture_of(base.config).finish_logits(base.config, head_of(base)(hidden))
 
 
-def _base_hidden(
-    model: PreTrainedModel,
-    ids: Tensor,
-    inputs: dict[str, Any],
-    parts: list[tuple[Tensor, ShadowRun]],
-    caches: dict[str, Cache],
-) -> Tensor:
-    """The last hidden state of the rows that use the base, [b, d]."""
-    decoder = decoder_of(model.base if isinstance(model, ShadowModel) else model)
-    cache = _cache(caches, "base", decoder.config)
-    run = {RUN_KEYWORD: MixedRun(parts)} if parts else {}
-    return decoder(input_ids=ids, past_key_values=cache, **inputs, **run).last_hidden_state[:, -1]
+def draft_logits(model: PreTrainedModel, states: States) -> Tensor:
+    """What the shadows alone expect behind the newest token of every row, [B, V]; every row has a shadow."""
+    return head_logits(model, _in_order([(rows, initial[:, -1]) for rows, initial in states.values()]))
+
+
+def _in_order(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(indices [b], values [b, d]) of disjoint rows -> [B, d]."""
+    rows, values = (torch.cat(part) for part in zip(*pieces, strict=True))
+    return values[rows.argsort()]
+
+
+def _inputs(rows: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return {"attention_mask": mask[rows], "position_ids": positions[rows], "use_cache": True}
 
 
 def _cache(caches: dict[str, Cache], name: str, config: PreTrainedConfig) -> Cache:
@@ -117,5 +155,5 @@ def _cache(caches: dict[str, Cache], name: str, config: PreTrainedConfig) -> Cac
     return caches[name]
 
 
-def _rows(paths: Sequence[Path], wanted: Any, ids: Tensor) -> Tensor:
+def _rows(paths: Sequence[Path], wanted: Callable[[Path], bool], ids: Tensor) -> Tensor:
     return torch.tensor([i for i, path in enumerate(paths) if wanted(path)], dtype=torch.long, device=ids.device)

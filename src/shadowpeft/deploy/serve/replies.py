@@ -88,9 +88,17 @@ class Replies:
             choice.tokens.extend(event.tokens)
             yield index, event.text, list(event.tokens), offset
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
+        """Counts of tokens; drafts under the names that OpenAI has for predicted tokens."""
         prompt, new = self._answer.num_prompt_tokens, sum(choice.num_tokens for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        counts: dict[str, Any] = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        info = self._answer.info
+        if "drafted" in info:
+            counts["completion_tokens_details"] = {
+                "accepted_prediction_tokens": info["accepted"],
+                "rejected_prediction_tokens": info["drafted"] - info["accepted"],
+            }
+        return counts
 
     def info(self) -> dict[str, Any]:
         """Who answered, how surely and how fast."""

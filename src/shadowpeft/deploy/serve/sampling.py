@@ -50,7 +50,12 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
     """The next token of one row: ``logits`` [V]."""
     if sampling.temperature == 0:
         return int(logits.argmax())
-    return draw(nucleus((logits.double() / sampling.temperature).softmax(-1).cpu(), sampling.top_p), generator)
+    return draw(distribution(logits, sampling), generator)
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
+    """What a sampled token is drawn from: ``logits`` [V] after temperature and top-p, as probabilities [V]."""
+    return nucleus((logits.double() / sampling.temperature).softmax(-1).cpu(), sampling.top_p)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -64,10 +69,14 @@ def nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     return chosen / chosen.sum()
 
 
+def uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
+
+
 def draw(probabilities: Tensor, generator: torch.Generator) -> int:
-    """One token from [V] by inversion: the first whose cumulative probability passes one uniform number."""
+    """One token from weights [V] by inversion: the first whose cumulative weight passes one uniform share of all."""
     total = probabilities.cumsum(0)
-    point = torch.rand((), generator=generator, dtype=total.dtype) * total[-1]
+    point = uniform(generator) * total[-1]
     place = int(torch.searchsorted(total, point, right=True))
     return min(place, int(probabilities.nonzero()[-1]))
 

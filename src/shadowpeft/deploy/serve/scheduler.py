@@ -11,14 +11,15 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve import batch as batches
+from shadowpeft.deploy.serve import speculation
 from shadowpeft.deploy.serve.batch import Batch
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.sequence import Event, Job, Sequence
-from shadowpeft.deploy.serve.speculation import speculate
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ class Scheduler:
     """Decodes jobs together.
 
     Args:
-        model: a shadow model, or a plain causal language model.
+        model: a shadow model, a plain causal language model, or an exported one.
         tokenizer: its tokenizer.
         metrics: counts what happens.
         max_batch: rows decoded together at most.
@@ -38,7 +39,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Served,
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
         *,
@@ -49,7 +50,8 @@ class Scheduler:
         self._model, self._tokenizer, self._metrics = model, tokenizer, metrics
         self._max_batch, self._max_waiting, self._max_prefill = max_batch, max_waiting, max_prefill
         self._waiting: deque[Sequence] = deque()
-        self._running = Batch()
+        # Rows that advance by one token, and rows whose shadow drafts; see speculation.py for why they are apart.
+        self._plain, self._drafting = Batch(), Batch()
         self._wake = threading.Condition()
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
@@ -106,52 +108,49 @@ class Scheduler:
         finally:
             with self._wake:
                 self._closing = True
-                left = [*self._running.sequences, *self._waiting]
+                left = [*self._plain.sequences, *self._drafting.sequences, *self._waiting]
             for sequence in left:
                 sequence.fail(ApiError("the decoder has stopped", status=500, code="decoder_stopped"))
 
     def _wait_for_work(self) -> bool:
         """True once there is work; False when closing and all is done."""
         with self._wake:
-            while not self._waiting and not len(self._running):
+            while not self._waiting and not self._num_running:
                 if self._closing:
                     return False
                 self._wake.wait()
         return True
 
     def _round(self) -> None:
-        """Admits what fits, then one token for all; a fault of the model ends its rows, not the server."""
+        """Admits what fits, then a step for all; a fault of the model ends its rows, not the server."""
         self._drop_abandoned()
         joining = self._next_to_join()
-        solo = [sequence for sequence in joining if sequence.job.num_drafts]
-        together = [sequence for sequence in joining if not sequence.job.num_drafts]
-        if together:
-            started = time.monotonic()
-            fresh = self._guarded(together, lambda: batches.prefill(self._model, together))
-            self._metrics.prefill_seconds.observe(time.monotonic() - started)
-            old, new = self._running, fresh
-            self._running = self._guarded([*old.sequences, *new.sequences], lambda: batches.merge(old, new))
-        for sequence in solo:
-            self._guarded([sequence], lambda sequence=sequence: self._alone(sequence))
-        self._step()
+        self._plain = self._joined(self._plain, [s for s in joining if not s.job.num_drafts])
+        self._drafting = self._joined(self._drafting, [s for s in joining if s.job.num_drafts])
+        plain, drafting = self._plain, self._drafting
+        self._plain = self._stepped(plain, lambda: batches.step(self._model, plain))
+        count = self._metrics.count_drafts
+        self._drafting = self._stepped(drafting, lambda: speculation.step(self._model, drafting, count))
         self._tell_sizes()
 
-    def _step(self) -> None:
-        if len(self._running):
-            running = self._running
-            self._metrics.batch_rows.observe(len(running))
-            self._running = self._guarded(running.sequences, lambda: batches.step(self._model, running))
+    def _joined(self, running: Batch, sequences: list[Sequence]) -> Batch:
+        """``running`` with new rows, whose prompts are read here."""
+        if not sequences:
+            return running
+        started = time.monotonic()
+        fresh = self._guarded(sequences, lambda: batches.prefill(self._model, sequences))
+        self._metrics.prefill_seconds.observe(time.monotonic() - started)
+        return self._guarded([*running.sequences, *fresh.sequences], lambda: batches.merge(running, fresh))
 
-    def _alone(self, sequence: Sequence) -> Batch:
-        """A speculative answer. The other rows go on: each time it has news, they take one step too."""
+    def _stepped(self, running: Batch, act: Callable[[], Batch]) -> Batch:
+        if not len(running):
+            return running
+        self._metrics.batch_rows.observe(len(running))
+        return self._guarded(running.sequences, act)
 
-        def meanwhile() -> bool:
-            self._drop_abandoned()
-            self._step()
-            return not sequence.cancelled and not sequence.told
-
-        self._metrics.count_drafts(*speculate(self._model, sequence, meanwhile))
-        return Batch()
+    @property
+    def _num_running(self) -> int:
+        return len(self._plain) + len(self._drafting)
 
     def _guarded(self, sequences: list[Sequence], act: Callable[[], Batch]) -> Batch:
         try:
@@ -169,8 +168,10 @@ class Scheduler:
         with self._wake:
             queued, self._waiting = list(self._waiting), deque()
             self._waiting.extend(s for s in queued if not self._is_over(s, now))
-        rows = [row for row, s in enumerate(self._running.sequences) if not self._is_over(s, now)]
-        self._running = batches.keep(self._running, rows)
+        self._plain, self._drafting = (self._unfinished(batch, now) for batch in (self._plain, self._drafting))
+
+    def _unfinished(self, batch: Batch, now: float) -> Batch:
+        return batches.keep(batch, [row for row, s in enumerate(batch.sequences) if not self._is_over(s, now)])
 
     def _is_over(self, sequence: Sequence, now: float) -> bool:
         deadline = sequence.job.deadline
@@ -187,7 +188,7 @@ class Scheduler:
         chosen: list[Sequence] = []
         with self._wake:
             longest = 0
-            while self._waiting and len(self._running) + len(chosen) < self._max_batch:
+            while self._waiting and self._num_running + len(chosen) < self._max_batch:
                 longest = max(longest, len(self._waiting[0].job.prompt))
                 if chosen and longest * (len(chosen) + 1) > self._max_prefill:
                     break
@@ -197,5 +198,5 @@ class Scheduler:
         return chosen
 
     def _tell_sizes(self) -> None:
-        self._metrics.running.set(len(self._running))
+        self._metrics.running.set(self._num_running)
         self._metrics.waiting.set(len(self._waiting))

@@ -56,7 +56,8 @@ class End:
     Attributes:
         reason: ``stop`` (end token or stop sequence) or ``length``.
         num_tokens: tokens generated, an end token included.
-        num_drafted, num_accepted: tokens the shadow proposed and the attached model took; None without speculation.
+        num_drafted, num_accepted: tokens the shadow proposed, and those of them that are in the answer; None without
+            speculation.
     """
 
     reason: str
@@ -75,6 +76,8 @@ class Sequence:
     Attributes:
         emit: hears every event; the last is an ``End`` or an ``ApiError``, unless the job was cancelled.
         told: whether that last event was sent.
+        num_tokens: generated so far.
+        num_drafted, num_accepted: tokens that the shadow proposed so far; those that became part of the answer.
     """
 
     job: Job
@@ -83,6 +86,8 @@ class Sequence:
     cancelled: bool = False
     told: bool = False
     num_tokens: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     submitted: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
@@ -103,10 +108,11 @@ class Sequence:
             return self.end("stop")
         return self.end("length") if is_full else True
 
-    def end(self, reason: str, *, num_drafted: int | None = None, num_accepted: int | None = None) -> bool:
-        self._tell(
-            End(reason=reason, num_tokens=self.num_tokens, num_drafted=num_drafted, num_accepted=num_accepted)
-        )
+    def end(self, reason: str) -> bool:
+        drafts = {}
+        if self.job.num_drafts:
+            drafts = {"num_drafted": self.num_drafted, "num_accepted": self.num_accepted}
+        self._tell(End(reason=reason, num_tokens=self.num_tokens, **drafts))
         return False
 
     def fail(self, error: ApiError) -> None:

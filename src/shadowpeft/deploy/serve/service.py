@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from shadowpeft.deploy.serve import speculation
 from shadowpeft.deploy.serve.catalogue import Entry, find
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.prompts import chat_ids, check_ids, text_ids
 from shadowpeft.deploy.serve.protocol import ChatRequest, Request
@@ -120,14 +120,14 @@ class LocalService:
     """Answers with a model of this process.
 
     Args:
-        model: a shadow model with its adapters, or a plain causal language model.
+        model: a shadow model with its adapters, a plain causal language model, or an exported one.
         tokenizer: the model's.
         entries: names that clients may use.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Served,
         tokenizer: PreTrainedTokenizerBase,
         entries: dict[str, Entry],
         settings: Settings,
@@ -165,8 +165,6 @@ class LocalService:
             ApiError: unknown model, a prompt that does not fit, too many waiting.
         """
         entry = find(self.entries, request.model)
-        if entry.mode == "speculative":
-            self._check_speculation(request)
         prompts = self._prompts(request)
         jobs = []
         for prompt in prompts:
@@ -189,17 +187,6 @@ class LocalService:
 
         answer.sequences = self._scheduler.submit(jobs, [partial(emit, choice) for choice in range(len(jobs))])
         return answer
-
-    def _check_speculation(self, request: Request) -> None:
-        if not speculation.is_available():
-            raise ApiError(
-                "speculative decoding is not available in this installation; ask for the adapter's own name",
-                status=501,
-                code="not_available",
-                param="model",
-            )
-        if request.num_top is not None:
-            raise ApiError("speculative answers carry no logprobs; leave them out", code="unsupported", param="logprobs")
 
     def _prompts(self, request: Request) -> list[list[int]]:
         if isinstance(request, ChatRequest):
