@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -22,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import ConfigError
-from shadowpeft.files import write_files
+from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer, location
 from shadowpeft.model.build import build_network
@@ -30,9 +29,10 @@ from shadowpeft.model.pretrained import check_same_tokenizer, is_projected, read
 from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import check_run_folder
+from shadowpeft.train.checkpoints import RUN_FILE, check_run_folder
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.projected_shadow import ProjectedShadow
+from shadowpeft.train.saving import SafeTrainer
 from shadowpeft.train.text import PackedText
 
 SHADOW_FOLDER = "shadow"
@@ -72,8 +72,9 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
             network.projection.weight.copy_(solved.weight)
         record |= {"initial_relative_residual": solved.relative_residual, "initial_rank": solved.rank}
         console.print(f"Eq. 12: relative residual {solved.relative_residual:.4f}, rank {solved.rank}")
+    remove_leftovers(folder)
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    write_files(folder, lambda staging: _write_text(staging / "config.yaml", text))
+    write_files(folder, lambda staging: _write_text(staging / RUN_FILE, text))
     stopped, losses, seconds, steps = _train(config, base, network, tokenizer, small, folder, checkpoint, console)
     record |= {"steps": steps, "seconds": round(seconds, 1), "last_loss": losses[-1] if losses else None}
     if not stopped:
@@ -118,8 +119,7 @@ def prepare(
         small = AutoModelForCausalLM.from_pretrained(shadow.shadow_model, dtype=torch.float32)
     if config.objective == "projection" and small is None:
         raise ConfigError(
-            f"the shadow {config.shadow!r} is as wide as the base, so there is no projection to train; use causal_lm "
-            "or distill"
+            f"the shadow {config.shadow!r} is as wide as the base, so there is no projection to train; use causal_lm or distill"
         )
     return base, network.to(decoder_of(base).device), tokenizer, small
 
@@ -152,7 +152,7 @@ def _train(
     model.frozen_to(arguments.device)
     stop = StopOnInterrupt()
     rows = config.batch_size * config.gradient_accumulation
-    trainer = Trainer(
+    trainer = SafeTrainer(
         model,
         arguments,
         train_dataset=PackedText(

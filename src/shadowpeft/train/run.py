@@ -13,11 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.files import write_files
+from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import check_run_folder
+from shadowpeft.train.checkpoints import RUN_FILE, check_run_folder
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import (
     AnswerCollator,
@@ -177,6 +177,9 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     folder = Path(config.output)
     checkpoint = check_run_folder(folder, resume=config.resume)
     prepared = prepare(config)
+    if config.resume and checkpoint is None:
+        console.print("there is no complete checkpoint yet: starting from the first step")
+    remove_leftovers(folder)
     _save_config(config, folder)
     arguments = training_arguments(config, folder)
     tokens_per_row = sum(len(example["input_ids"]) for example in prepared.examples) / len(prepared.examples)
@@ -189,9 +192,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         callbacks=[
             stop,
             MetricLines(folder / "metrics.jsonl"),
-            ProgressLine(
-                console, tokens_per_step=tokens_per_row * config.batch_size * config.gradient_accumulation
-            ),
+            ProgressLine(console, tokens_per_step=tokens_per_row * config.batch_size * config.gradient_accumulation),
         ],
         shadow_lr_multiplier=config.shadow_lr_multiplier,
     )
@@ -213,6 +214,6 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
 
 
 def _save_config(config: TrainConfig, folder: Path) -> None:
-    """Writes ``config.yaml``, from which the same run can be started or, with ``--resume``, gone on with."""
+    """Writes the file from which the same run can be started or, with ``--resume``, gone on with."""
     text = yaml.safe_dump({**config.to_dict(), "resume": False}, sort_keys=False)
-    write_files(folder, lambda staging: (staging / "config.yaml").write_text(text, encoding="utf-8"))
+    write_files(folder, lambda staging: (staging / RUN_FILE).write_text(text, encoding="utf-8"))

@@ -5,23 +5,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
-from shadowpeft.errors import CheckpointError, ShadowPeftError
-from shadowpeft.files import SaveError
+from shadowpeft.errors import CheckpointError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
 from shadowpeft.model.tasks import ShadowModelForCausalLM
+from shadowpeft.train.saving import SafeTrainer
 
 LOSS_PARTS = ("main_loss", "shadow_loss", "distillation_loss")
 
 
-def is_write_failure(error: RuntimeError) -> bool:
-    """Whether torch's own writer failed, which hides the reason of the system."""
-    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-
-
-class ShadowTrainer(Trainer):
+class ShadowTrainer(SafeTrainer):
     """Logs every part of the loss and resumes from adapter-only checkpoints; all else is transformers' Trainer.
 
     Works for any other model too, so that LoRA and plain fine-tuning run on the same code.
@@ -84,19 +78,6 @@ class ShadowTrainer(Trainer):
     ) -> Any:
         ignored = [*(ignore_keys or []), *LOSS_PARTS, "past_key_values"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignored)
-
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but a full disk ends in one clear error; earlier checkpoints are whole."""
-        try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, ShadowPeftError) or not (isinstance(error, OSError) or is_write_failure(error)):
-                raise
-            reason = getattr(error, "strerror", None) or "the file could not be written"
-            raise SaveError(
-                f"could not save the checkpoint of step {self.state.global_step} in {self.args.output_dir}: {reason}; "
-                "earlier checkpoints are complete. Free some space, then go on with --resume"
-            ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = self.accelerator.unwrap_model(model or self.model)
