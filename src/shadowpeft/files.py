@@ -8,6 +8,9 @@ from pathlib import Path
 
 from shadowpeft.errors import ConfigError, ShadowPeftError
 
+# What a killed process may leave in a folder: files that were not moved into place.
+STAGING_PREFIX = ".saving-"
+
 
 class SaveError(ShadowPeftError, OSError):
     """A folder that could not be written; what was there before is untouched."""
@@ -21,7 +24,7 @@ def write_files(folder: Path, write: Callable[[Path], object]) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+        staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
     except OSError as error:
         raise SaveError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
     try:
@@ -52,6 +55,29 @@ def new_folder(path: Path | str) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(f"the output folder {folder} is not empty; choose another, or empty it")
     return folder
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a process that was killed while saving left below ``folder``."""
+    for path in folder.rglob(f"{STAGING_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until every file and folder below ``folder`` is on the disk itself."""
+    for path in sorted(folder.rglob("*")):
+        _sync(path)
+    _sync(folder)
+
+
+def put_in_place(folder: Path, target: Path) -> None:
+    """Renames a finished folder to ``target``; an older folder of that name is removed behind it."""
+    old = folder.with_name(f"{folder.name}.old")
+    if target.exists():
+        os.replace(target, old)
+    os.replace(folder, target)
+    _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -19,13 +19,24 @@ from shadowpeft.train.run import train as run_training
 
 
 def train(config: TrainConfig, console: Console) -> dict[str, Any] | None:
-    """Trains, scores, writes ``report.json``, ``report.md`` and ``curves.png``; None if it was interrupted."""
+    """Trains, scores, writes ``report.json``, ``report.md`` and ``curves.png``.
+
+    None if it was interrupted, or trained by several processes, which leave the scoring to one.
+    """
     trained = run_training(config, console=console)
+    console = console if trained.is_first else Console(quiet=True)
     _tell_encoding(trained, console)
     if trained.interrupted:
         console.print(
             f"stopped at step {trained.steps}; the checkpoint is complete. Go on with: "
             f"shadowpeft train --config {trained.folder / 'config.yaml'} --resume",
+            soft_wrap=True,
+        )
+        return None
+    if trained.num_processes > 1:
+        console.print(
+            f"adapter: {trained.folder / ADAPTER_FOLDER}; score it in one process with: shadowpeft eval "
+            f"{trained.folder / ADAPTER_FOLDER} --task {config.task}",
             soft_wrap=True,
         )
         return None

@@ -23,6 +23,7 @@ from shadowpeft.model.bases import load_model
 from shadowpeft.model.build import assemble_network, is_classifier
 from shadowpeft.model.card import model_card
 from shadowpeft.model.fingerprint import differing_tensors, fingerprint
+from shadowpeft.model.sharded import fill, is_sharded
 from shadowpeft.model.tensors import CONFIG_FILE, DIGEST, WEIGHTS_FILE, check_tensors, read_tensors, weights_digest
 
 CARD_FILE = "README.md"
@@ -60,16 +61,24 @@ def save_adapter(
     state: dict[str, Tensor] | None = None,
     *,
     share_backbone: bool = False,
+    base_description: dict[str, Any] | None = None,
 ) -> None:
     """Writes the three files, each complete or not at all.
 
     Args:
         state: the network's gathered weights, if sharded.
+        base_description: :func:`describe_base`, which all processes have to call together if the base is sharded.
         share_backbone: leave out what is unchanged from a pretrained shadow, and store its name and hash instead.
 
     Raises:
         ConfigError: there is nothing to share.
+        CheckpointError: the weights are sharded, and what is needed of them was not gathered by all processes.
     """
+    if (state is None and is_sharded(network)) or (base_description is None and is_sharded(base)):
+        raise CheckpointError(
+            "the weights are sharded over several processes, so one of them cannot save alone; let all of them call "
+            "save_sharded(folder, is_main_process=...)"
+        )
     left_out = shared.unchanged(base, network) if share_backbone else {}
     state = network.state_dict() if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in left_out}
@@ -79,7 +88,7 @@ def save_adapter(
         "format_version": FORMAT_VERSION,
         "library_version": __version__,
         "shadow": network.config.to_dict(),
-        "base": describe_base(base),
+        "base": describe_base(base) if base_description is None else base_description,
         "backbone": network.backbone.config.to_dict(),
         DIGEST: digest,
     }
@@ -145,7 +154,7 @@ def restore_weights(network: ShadowNetwork, folder: Path) -> None:
 
 def _fill(network: ShadowNetwork, tensors: dict[str, Tensor], path: Path) -> None:
     check_tensors(network.state_dict(), tensors, path)
-    network.load_state_dict(tensors)
+    fill(network, tensors)
 
 
 def _saved_backbone(base: PreTrainedModel, config: ShadowConfig, values: dict[str, Any]) -> PreTrainedModel:

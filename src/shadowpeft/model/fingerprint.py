@@ -4,6 +4,7 @@ import torch
 from transformers import PreTrainedModel
 
 from shadowpeft.model.architectures import decoder_of
+from shadowpeft.model.sharded import whole
 
 NUM_TENSORS = 24
 NUM_VALUES = 8
@@ -16,7 +17,7 @@ def fingerprint(base: PreTrainedModel) -> dict[str, list[float]]:
 
     The head is left out: a classifier's is fresh whenever the base is loaded. Survives a change of dtype and
     device, unlike a hash. Tensors on the meta device and quantised ones are left out, so that an adapter can
-    move between a quantised base and the full one.
+    move between a quantised base and the full one. Of a sharded base, every process has to call this.
     """
     usable = {
         name: tensor
@@ -29,7 +30,7 @@ def fingerprint(base: PreTrainedModel) -> dict[str, list[float]]:
 
 
 def _samples(tensor: torch.Tensor) -> list[float]:
-    flat = tensor.detach().reshape(-1)
+    flat = whole(tensor.detach()).reshape(-1)
     positions = torch.linspace(0, flat.numel() - 1, NUM_VALUES).long().to(flat.device)
     return [float(f"{value:.6g}") for value in flat[positions].float().tolist()]
 

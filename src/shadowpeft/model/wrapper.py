@@ -11,6 +11,7 @@ from shadowpeft.model import checkpoint, detach
 from shadowpeft.model.adapters import AdaptedModel
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.cache import shadow_view
+from shadowpeft.model.sharded import gathered_state
 
 # Asked of the base alone: the shadow has its own blocks, whose attention maps nobody ordered.
 _BASE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits", "return_dict")
@@ -45,10 +46,34 @@ class ShadowModel(AdaptedModel):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         folder = Path(save_directory)
         share_backbone = bool(kwargs.get("share_backbone"))
-        checkpoint.save_adapter(self.base, self.network(name), folder, state, share_backbone=share_backbone)
+        description = kwargs.get("base_description")
+        checkpoint.save_adapter(
+            self.base,
+            self.network(name),
+            folder,
+            state,
+            share_backbone=share_backbone,
+            base_description=description,
+        )
         if kwargs.get("push_to_hub"):
             options = {key: kwargs[key] for key in ("token", "commit_message") if key in kwargs}
             checkpoint.upload(folder, kwargs.get("repo_id") or folder.name, **options)
+
+    def save_sharded(self, save_directory: str | Path, *, is_main_process: bool, **kwargs: Any) -> None:
+        """As :meth:`save_pretrained`, called by every process that holds a part of the weights; the main one writes.
+
+        Only the adapter is gathered, and of the base the few tensors by which it is known again.
+        """
+        network = self.network(kwargs.get("adapter_name"))
+        state, description = gathered_state(network), checkpoint.describe_base(self.base)
+        prefix = f"networks.{kwargs.get('adapter_name') or self.active_adapter}."
+        self.save_pretrained(
+            save_directory,
+            state_dict={prefix + name: tensor for name, tensor in state.items()},
+            base_description=description,
+            is_main_process=is_main_process,
+            **kwargs,
+        )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:  # type: ignore[override]
         """Uploads the active adapter (``adapter_name=`` for another). Returns the commit's address."""

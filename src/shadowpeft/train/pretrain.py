@@ -13,7 +13,6 @@ from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -22,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import ConfigError
-from shadowpeft.files import write_files
+from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer, location
 from shadowpeft.model.build import build_network
@@ -31,9 +30,10 @@ from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
 from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import check_run_folder
+from shadowpeft.train.checkpoints import RUN_FILE, check_run_folder
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.projected_shadow import ProjectedShadow
+from shadowpeft.train.saving import SafeTrainer
 from shadowpeft.train.text import PackedText
 
 SHADOW_FOLDER = "shadow"
@@ -73,8 +73,9 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
             network.projection.weight.copy_(solved.weight)
         record |= {"initial_relative_residual": solved.relative_residual, "initial_rank": solved.rank}
         console.print(f"Eq. 12: relative residual {solved.relative_residual:.4f}, rank {solved.rank}")
+    remove_leftovers(folder)
     text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    write_files(folder, lambda staging: _write_text(staging / "config.yaml", text))
+    write_files(folder, lambda staging: _write_text(staging / RUN_FILE, text))
     stopped, losses, seconds, steps = _train(config, base, network, tokenizer, small, folder, checkpoint, console)
     record |= {"steps": steps, "seconds": round(seconds, 1), "last_loss": losses[-1] if losses else None}
     if not stopped:
@@ -152,7 +153,7 @@ def _train(
     model.frozen_to(arguments.device)
     stop = StopOnInterrupt()
     rows = config.batch_size * config.gradient_accumulation
-    trainer = Trainer(
+    trainer = SafeTrainer(
         model,
         arguments,
         train_dataset=PackedText(

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.files import write_files
+from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import check_run_folder
+from shadowpeft.train.checkpoints import RUN_FILE, check_run_folder
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import (
     AnswerCollator,
@@ -49,7 +49,10 @@ class Prepared:
 
 @dataclass(kw_only=True)
 class Trained:
-    """A finished run. ``interrupted`` runs have a checkpoint, but no adapter folder."""
+    """A finished run. ``interrupted`` runs have a checkpoint, but no adapter folder.
+
+    With several processes the model may be sharded: score the saved adapter in one process instead of it.
+    """
 
     prepared: Prepared
     folder: Path
@@ -57,6 +60,8 @@ class Trained:
     steps: int
     final_loss: float | None
     interrupted: bool
+    num_processes: int
+    is_first: bool
 
 
 def task_named(name: str) -> Task:
@@ -117,7 +122,8 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     length: dict[str, Any] = {"num_train_epochs": config.epochs}
     if config.max_steps > 0:
         length = {"max_steps": config.max_steps}
-    return shared_arguments(config, folder, **length, **_checkpointing(config))
+    # Every trained weight has a gradient in every step, so several processes need not look for those without.
+    return shared_arguments(config, folder, **length, **_checkpointing(config), ddp_find_unused_parameters=False)
 
 
 def make_trainer(
@@ -149,13 +155,20 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     Raises:
         ShadowPeftError: any of its kinds, before the first step; what was on disk is unchanged.
     """
-    console = console or Console(quiet=True)
     folder = Path(config.output)
+    arguments = training_arguments(config, folder)
+    is_first = arguments.process_index == 0
+    console = console if console is not None and is_first else Console(quiet=True)
     checkpoint = check_run_folder(folder, resume=config.resume)
     prepared = prepare(config)
-    _save_config(config, folder)
-    arguments = training_arguments(config, folder)
+    arguments.distributed_state.wait_for_everyone()  # all have looked at the folder before the first one writes to it
+    if config.resume and checkpoint is None:
+        console.print("there is no complete checkpoint yet: starting from the first step")
+    if is_first:
+        remove_leftovers(folder)
+        _save_config(config, folder)
     tokens_per_row = sum(len(example["input_ids"]) for example in prepared.examples) / len(prepared.examples)
+    rows = config.batch_size * config.gradient_accumulation * arguments.world_size
     stop = StopOnInterrupt()
     trainer = make_trainer(
         prepared.model,
@@ -165,7 +178,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         callbacks=[
             stop,
             MetricLines(folder / "metrics.jsonl"),
-            ProgressLine(console, tokens_per_step=tokens_per_row * config.batch_size * config.gradient_accumulation),
+            ProgressLine(console, tokens_per_step=tokens_per_row * rows),
         ],
         shadow_lr_multiplier=config.shadow_lr_multiplier,
     )
@@ -173,8 +186,10 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     if not stop.stopped:
-        prepared.model.save_pretrained(folder / ADAPTER_FOLDER)
-        prepared.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+        trainer.save_adapter(folder / ADAPTER_FOLDER)
+        if is_first:
+            prepared.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+    arguments.distributed_state.wait_for_everyone()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(
         prepared=prepared,
@@ -183,10 +198,12 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         steps=trainer.state.global_step,
         final_loss=losses[-1] if losses else None,
         interrupted=stop.stopped,
+        num_processes=arguments.world_size,
+        is_first=is_first,
     )
 
 
 def _save_config(config: TrainConfig, folder: Path) -> None:
-    """Writes ``config.yaml``, from which the same run can be started or, with ``--resume``, gone on with."""
+    """Writes the file from which the same run can be started or, with ``--resume``, gone on with."""
     text = yaml.safe_dump({**config.to_dict(), "resume": False}, sort_keys=False)
-    write_files(folder, lambda staging: (staging / "config.yaml").write_text(text, encoding="utf-8"))
+    write_files(folder, lambda staging: (staging / RUN_FILE).write_text(text, encoding="utf-8"))

@@ -1,27 +1,24 @@
 """transformers' Trainer with the few lines that an adapter-only checkpoint and two losses ask for."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 
-from shadowpeft.errors import CheckpointError, ShadowPeftError
-from shadowpeft.files import SaveError
+from shadowpeft.errors import CheckpointError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
+from shadowpeft.model.sharded import is_sharded
 from shadowpeft.model.tasks import ShadowModelForCausalLM
+from shadowpeft.train.saving import SafeTrainer
 
 LOSS_PARTS = ("main_loss", "shadow_loss", "distillation_loss")
 
 
-def is_write_failure(error: RuntimeError) -> bool:
-    """Whether torch's own writer failed, which hides the reason of the system."""
-    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
-
-
-class ShadowTrainer(Trainer):
+class ShadowTrainer(SafeTrainer):
     """Logs every part of the loss and resumes from adapter-only checkpoints; all else is transformers' Trainer.
 
     Works for any other model too, so that LoRA and plain fine-tuning run on the same code.
@@ -73,7 +70,10 @@ class ShadowTrainer(Trainer):
         """Adds the mean of each part since the last log (a share of the step's loss under accumulation, so summed)."""
         if "loss" in logs and self._num_passes:
             steps = self._num_passes / self.args.gradient_accumulation_steps
+            # Every process has its share of the labels that all are divided by, so the shares add up.
+            reduction = "sum" if self.args.average_tokens_across_devices else "mean"
             for name, total in self._sums.items():
+                total = self.accelerator.reduce(total, reduction)
                 logs[name] = round(total.item() / max(steps, 1), 4)
             self._sums.clear()
             self._num_passes = 0
@@ -85,18 +85,41 @@ class ShadowTrainer(Trainer):
         ignored = [*(ignore_keys or []), *LOSS_PARTS, "past_key_values"]
         return super().prediction_step(model, inputs, prediction_loss_only, ignored)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, but a full disk ends in one clear error; earlier checkpoints are whole."""
+    def save_adapter(self, folder: Path) -> None:
+        """Writes the adapter; every process has to call this, and the first one writes."""
+        adapted: ShadowModel = self.accelerator.unwrap_model(self.model)
+        if is_sharded(adapted):
+            adapted.save_sharded(folder, is_main_process=self.args.should_save)
+        elif self.args.should_save:
+            adapted.save_pretrained(folder)
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, which would gather the whole base of a sharded model to save its adapter."""
+        adapted = self.accelerator.unwrap_model(self.model)
+        if isinstance(adapted, ShadowModel) and is_sharded(adapted):
+            self.save_adapter(Path(output_dir or str(self.args.output_dir)))
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    @contextmanager
+    def _trained_part(self) -> Iterator[None]:
+        """Within the block the trainer's model is the network alone: what is frozen needs no place in a checkpoint."""
+        model, adapted = self.model, self.accelerator.unwrap_model(self.model)
+        if self.is_fsdp_enabled and isinstance(adapted, ShadowModel):
+            self.model = adapted.network()
         try:
-            super()._save_checkpoint(*args, **kwargs)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, ShadowPeftError) or not (isinstance(error, OSError) or is_write_failure(error)):
-                raise
-            reason = getattr(error, "strerror", None) or "the file could not be written"
-            raise SaveError(
-                f"could not save the checkpoint of step {self.state.global_step} in {self.args.output_dir}: {reason}; "
-                "earlier checkpoints are complete. Free some space, then go on with --resume"
-            ) from error
+            yield
+        finally:
+            self.model = model
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._trained_part():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with self._trained_part():
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapted = self.accelerator.unwrap_model(model or self.model)

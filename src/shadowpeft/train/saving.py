@@ -1,0 +1,98 @@
+"""Checkpoints that are there whole or not at all, whenever the process dies."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+from transformers.trainer_utils import rotate_checkpoints
+
+from shadowpeft.errors import ShadowPeftError
+from shadowpeft.files import STAGING_PREFIX, SaveError, put_in_place, sync_tree
+
+# Beside the checkpoints, so that moving one out of it is a rename.
+STAGING = f"{STAGING_PREFIX}checkpoint"
+
+
+def is_write_failure(error: RuntimeError) -> bool:
+    """Whether torch's own writer failed, which hides the reason of the system."""
+    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
+
+
+class SafeTrainer(Trainer):
+    """transformers' Trainer, with every checkpoint written to a temporary folder, synced to disk and then renamed.
+
+    A process killed at any moment leaves earlier checkpoints whole and at most a temporary folder, which the next save
+    removes. A full disk ends in one :class:`SaveError`. With several processes all of them write to the same temporary
+    folder, and the first one renames it when all have finished.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._staging: Path | None = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(super()._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        with self._clear_errors(), self._staged(folder / STAGING):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._point_at_best(folder / STAGING, folder)
+                sync_tree(folder / STAGING / name)
+                put_in_place(folder / STAGING / name, folder / name)
+                rotate_checkpoints(
+                    output_dir=str(folder),
+                    save_total_limit=self.args.save_total_limit,
+                    best_model_checkpoint=self.state.best_model_checkpoint,
+                )
+            self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, which trains one step too many when it goes on from the last step's checkpoint."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    @contextmanager
+    def _staged(self, staging: Path) -> Iterator[None]:
+        """Sends all files of a checkpoint to ``staging``, which is empty before and gone afterwards."""
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = staging
+        try:
+            yield
+        finally:
+            self._staging = None
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _point_at_best(self, staging: Path, folder: Path) -> None:
+        """The best checkpoint so far is named by the place where it will lie."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == staging:
+            self.state.best_model_checkpoint = os.path.join(folder, Path(best).name)
+            self.state.save_to_json(str(staging / Path(best).name / "trainer_state.json"))
+
+    @contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, ShadowPeftError) or not (isinstance(error, OSError) or is_write_failure(error)):
+                raise
+            reason = getattr(error, "strerror", None) or "the file could not be written"
+            raise SaveError(
+                f"could not save the checkpoint of step {self.state.global_step} in {self.args.output_dir}: {reason}; "
+                "earlier checkpoints are complete. Free some space, then go on with --resume"
+            ) from error

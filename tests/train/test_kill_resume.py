@@ -1,0 +1,100 @@
+"""Runs that are killed: see benchmarks/kill_resume.py, which does this at any number of points."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shadowpeft.errors import ConfigError
+from shadowpeft.files import SaveError
+from shadowpeft.train.checkpoints import check_run_folder, newest_checkpoint
+from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.run import train
+from shadowpeft.train.saving import STAGING
+from workbench import write_base, write_intents
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_base(folder / "base")
+    write_intents(folder / "intents")
+    return folder
+
+
+def settings(bench, output, **fields):
+    return TrainConfig.from_dict(
+        {"base": str(bench / "base"), "task": "intent", "data": str(bench / "intents"), "output": str(output)}
+        | {"max_steps": 4, "batch_size": 4, "save_every": 2, "shadow": {"shadow_intermediate_size": 24}}
+        | fields
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the script copies its process")
+def test_a_run_killed_anywhere_goes_on_bit_for_bit():
+    """One kill inside saving, one by the clock; ``python benchmarks/kill_resume.py`` does 30."""
+    done = subprocess.run([sys.executable, SCRIPT, "--points", "2", "--seed", "1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counts = json.loads(done.stdout.splitlines()[-1])
+    assert counts["points"] == 2
+    assert counts["killed_while_saving"] == 1
+
+
+def test_a_checkpoint_appears_under_its_name_only_when_all_of_it_is_on_disk(bench, tmp_path, monkeypatch):
+    from shadowpeft.train import saving
+
+    seen = []
+
+    def cut(folder, target):
+        seen.append((sorted(path.name for path in folder.iterdir()), target.exists()))
+        raise OSError(5, "power cut")
+
+    monkeypatch.setattr(saving, "put_in_place", cut)
+    with pytest.raises(SaveError, match=r"could not save the checkpoint of step 2 .*power cut"):
+        train(settings(bench, tmp_path / "run"))
+    [(names, was_there)] = seen
+    assert {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "shadow_model.safetensors"} <= set(names)
+    assert not was_there
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_starts_from_the_first_step(bench, tmp_path):
+    whole = train(settings(bench, tmp_path / "whole"))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(tmp_path / "cut" / name)
+    (tmp_path / "cut" / "checkpoints" / STAGING / "checkpoint-2").mkdir(parents=True)
+    resumed = train(settings(bench, tmp_path / "cut", resume=True))
+    assert (resumed.steps, resumed.final_loss) == (whole.steps, whole.final_loss)
+    assert not (tmp_path / "cut" / "checkpoints" / STAGING).exists()
+
+
+def test_resuming_a_finished_run_trains_no_further_step(bench, tmp_path):
+    """transformers would take one more where the last step lies inside an epoch."""
+    train(settings(bench, tmp_path))
+    weights = (tmp_path / "adapter" / "shadow_model.safetensors").read_bytes()
+    assert train(settings(bench, tmp_path, resume=True)).steps == 4
+    assert (tmp_path / "adapter" / "shadow_model.safetensors").read_bytes() == weights
+
+
+def test_leftovers_of_a_save_do_not_make_a_folder_used_and_nothing_is_resumed_where_nothing_ran(tmp_path):
+    (tmp_path / ".saving-abc").mkdir()
+    assert check_run_folder(tmp_path, resume=False) is None
+    with pytest.raises(ConfigError, match="no run was started there"):
+        check_run_folder(tmp_path, resume=True)
+
+
+def test_a_copied_checkpoint_that_lacks_a_file_is_passed_over(bench, tmp_path):
+    train(settings(bench, tmp_path))
+    for missing in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "shadow_config.json"):
+        copies = tmp_path / f"without_{missing}"
+        shutil.copytree(tmp_path / "checkpoints", copies)
+        assert newest_checkpoint(copies).name == "checkpoint-4"
+        (copies / "checkpoint-4" / missing).unlink()
+        assert newest_checkpoint(copies).name == "checkpoint-2", missing
