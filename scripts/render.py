@@ -14,6 +14,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"(<!-- result: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TASK_RESULTS = ("home_commands", "trec", "clinc150")
 MODES = ("base", "attached", "detached")
 
 
@@ -33,6 +34,22 @@ def demo_table() -> str:
         )
     rows.append(f"| most frequent answer | 0 | {percent(report['majority'])} | | |")
     return "\n".join([*rows, "", f"{report['num_test_rows']} test rows, {report['train_minutes']} minutes of training."])
+
+
+def tasks_table() -> str:
+    columns = ("task", "base model", "base", "attached", "95% interval", "detached", "most frequent answer",
+               "trainable parameters", "test rows", "minutes")  # fmt: skip
+    rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for name in TASK_RESULTS:
+        report = result(name)
+        scores = {mode: percent(score["metrics"][report["metric"]]) for mode, score in report["scores"].items()}
+        low, high = report["scores"]["attached"]["interval"]
+        cells = (report["task"], Path(report["config"]["base"]).name, scores["base"], scores["attached"],
+                 f"{percent(low)} - {percent(high)}", scores["detached"], percent(report["majority"]),
+                 f"{report['parameters']['attached']:,}", f"{report['num_test_rows']:,}",
+                 report["train_minutes"])  # fmt: skip
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
 
 
 def parity_table() -> str:
@@ -62,6 +79,7 @@ def percent(share: float) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "parity": parity_table,
+    "tasks": tasks_table,
     "base": base_table,
 }
 

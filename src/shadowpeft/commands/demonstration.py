@@ -14,9 +14,10 @@ DEMO = {
     "task": "robot",
     "output": "runs/demo",
     "epochs": 3.0,
-    "batch_size": 32,
+    "learning_rate": 1.5e-3,
+    "batch_size": 16,
     "max_length": 64,
-    "shadow": {"shadow_alpha": 1.0, "auxiliary_loss_weight": 0.5, "shadow_dropout": 0.0},
+    "shadow": {"preset": "recommended"},
 }
 
 

@@ -132,7 +132,8 @@ class ShadowConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
-        """The ``paper``'s formulas, the ``authors``' package's or Hugging Face ``peft``'s; see docs/equations.md."""
+        """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, or what is ``recommended`` here;
+        see docs/equations.md."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
@@ -152,6 +153,15 @@ class ShadowConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
+    # What this project found to work best; LOG.md has the search, on validation rows.
+    "recommended": {
+        "shadow_alpha": 1.0,
+        "shadow_dropout": 0.0,
+        "scale_state": True,
+        "inject_diagonal": True,
+        "use_update": False,
+        "auxiliary_loss_weight": 0.5,
+    },
     "authors": {"shadow_layer_types": "base"},
     "peft": {
         "shadow_layer_types": "base",
