@@ -111,9 +111,9 @@ def _losses_through(
         guess = spec.finish(head(initial))
         shadow = causal_lm_loss(guess, labels, num_items, label_smoothing=spec.label_smoothing)
         total = combine(main, shadow, spec.shadow_weight)
-    if initial is not None and spec.distillation_weight > 0:
-        distillation = distillation_loss(logits, guess, labels, num_items, temperature=spec.temperature)
-        total = combine(total, distillation, spec.distillation_weight)
+        if spec.distillation_weight > 0:
+            distillation = distillation_loss(logits, guess, labels, num_items, temperature=spec.temperature)
+            total = combine(total, distillation, spec.distillation_weight)
     return HeadLosses(total, main.detach(), _plain(shadow), _plain(distillation))
 
 
