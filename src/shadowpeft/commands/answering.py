@@ -47,13 +47,7 @@ def generate(
     if task is not None:
         check_kind(task_named(task), model)
     torch.manual_seed(seed)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        **({"temperature": temperature, "top_p": top_p} if temperature > 0 else {}),
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = _generation_config(tokenizer, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     speaker = model.detach() if mode == "detached" else model
     with collect_statistics() as collected:
         for number, prompt in enumerate(prompts, start=1):
@@ -66,6 +60,20 @@ def generate(
     num_drafted, num_accepted = sum(s.num_drafted for s in collected), sum(s.num_accepted for s in collected)
     if num_drafted:
         console.print(f"{num_accepted} of {num_drafted} drafted tokens accepted", style="dim")
+
+
+def _generation_config(
+    tokenizer: PreTrainedTokenizerBase, *, max_new_tokens: int, temperature: float, top_p: float
+) -> GenerationConfig:
+    """Greedy at temperature 0."""
+    sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p} if temperature > 0 else {}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        **sampling,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The stand-alone shadow as an ordinary model: ``head(proj(f_shadow(x)))`` with every projection folded away."""
 
 import copy
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -49,10 +48,10 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
 
 def _share_config(backbone: PreTrainedModel, config: PreTrainedConfig) -> None:
     """One config for all parts, so that a change of kernels on the detached model reaches its blocks."""
-    modules: Iterable[Any] = backbone.modules()
-    for module in modules:
-        if isinstance(getattr(module, "config", None), PreTrainedConfig):
-            module.config = config
+    for module in backbone.modules():
+        part: Any = module
+        if isinstance(getattr(part, "config", None), PreTrainedConfig):
+            part.config = config
 
 
 def _task_class(base: PreTrainedModel, config: PreTrainedConfig) -> Any:
