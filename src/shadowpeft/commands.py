@@ -31,6 +31,7 @@ from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import load_rows, prompt_ids
+from shadowpeft.train.health import health
 from shadowpeft.train.run import ADAPTER_FOLDER, Trained, task_named
 from shadowpeft.train.run import train as run_training
 from shadowpeft.train.tasks import TASKS, Task
@@ -290,8 +291,14 @@ def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBas
     return prompt_ids(chosen, tokenizer, row)
 
 
-def info(adapter: str | None, console: Console) -> None:
-    """Prints this installation, or an adapter's description."""
+def info(adapter: str | None, console: Console, *, with_health: bool = False) -> None:
+    """Prints this installation, or an adapter's description; ``with_health`` adds what its run and weights tell.
+
+    Raises:
+        ConfigError: health without an adapter.
+    """
+    if with_health and adapter is None:
+        raise ConfigError("--health looks at a saved adapter; name its folder")
     table = Table(show_header=False)
     if adapter is None:
         for key, value in _installation().items():
@@ -299,6 +306,8 @@ def info(adapter: str | None, console: Console) -> None:
     else:
         for key, value in _description(checkpoints.find_folder(adapter)).items():
             table.add_row(key, value)
+        for key, value in (health(checkpoints.find_folder(adapter)) if with_health else {}).items():
+            table.add_row(f"health: {key}", value)
     console.print(table)
 
 
