@@ -138,6 +138,7 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
         use_cpu=not has_gpu,
         seed=config.seed,
         data_seed=config.seed,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
         logging_steps=config.log_every,
         logging_first_step=True,
         save_steps=config.save_every,
