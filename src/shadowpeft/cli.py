@@ -148,9 +148,12 @@ def generate(
 
 
 @app.command()
-def info(adapter: Annotated[str | None, typer.Argument(help="adapter folder or hub name")] = None) -> None:
+def info(
+    adapter: Annotated[str | None, typer.Argument(help="adapter folder or hub name")] = None,
+    health: Annotated[bool, typer.Option("--health", help="look for loss spikes, dead gates, weights never trained")] = False,
+) -> None:
     """Describe this installation, or an adapter: its base, shape and size."""
-    commands.info(adapter, console)
+    commands.info(adapter, console, with_health=health)
 
 
 @app.command()

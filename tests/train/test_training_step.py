@@ -60,6 +60,21 @@ def test_packed_examples_train_as_separate_ones(model_type):
     assert_close(packed[1], {name: parts[0][1][name] + parts[1][1][name] for name in packed[1]})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_the_shadow_of_a_packed_example_does_not_see_the_one_before(model_type):
+    model = adapted(model_type).eval()
+    first, second = tokens(1, 5, seed=1), tokens(1, 7, seed=2)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = model(torch.cat([first, second], 1), position_ids=positions, use_cache=False, output_shadow_logits=True)
+    for part, place in ((first, slice(0, 5)), (second, slice(5, 12))):
+        alone = model(part, use_cache=False, output_shadow_logits=True)
+        assert_close(packed.logits[:, place], alone.logits)
+        assert_close(packed.shadow_logits[:, place], alone.shadow_logits)
+    one_row = model(torch.cat([first, second], 1), output_shadow_logits=True)
+    assert (one_row.shadow_logits[:, 5:] - packed.shadow_logits[:, 5:]).abs().max() > 1e-3, "positions that go on do see it"
+
+
 # Raised inside torch, when Dynamo traces the backward of any torch.autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_training_step_compiles_as_one_graph(without_shape_checks):
@@ -137,9 +152,7 @@ def test_the_distillation_term_is_reported_and_an_old_config_still_loads():
     assert ShadowConfig.from_dict(saved) == ShadowConfig()
 
 
-@pytest.mark.parametrize(
-    ("field", "value"), [("distillation_weight", -0.1), ("distillation_temperature", 0.0)]
-)
+@pytest.mark.parametrize(("field", "value"), [("distillation_weight", -0.1), ("distillation_temperature", 0.0)])
 def test_a_distillation_setting_out_of_range_is_refused(field, value):
     with pytest.raises(ConfigError, match=field):
         ShadowConfig(**{field: value})

@@ -12,13 +12,21 @@ from rich.table import Table
 from shadowpeft._version import __version__
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.kernels import step_backend
+from shadowpeft.errors import ConfigError
 from shadowpeft.model import ARCHITECTURES
 from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.train.health import health
 from shadowpeft.train.tasks import TASKS
 
 
-def info(adapter: str | None, console: Console) -> None:
-    """Prints this installation, or an adapter's description."""
+def info(adapter: str | None, console: Console, *, with_health: bool = False) -> None:
+    """Prints this installation, or an adapter's description; ``with_health`` adds what its run and weights tell.
+
+    Raises:
+        ConfigError: health without an adapter.
+    """
+    if with_health and adapter is None:
+        raise ConfigError("--health looks at a saved adapter; name its folder")
     table = Table(show_header=False)
     if adapter is None:
         for key, value in _installation().items():
@@ -26,6 +34,8 @@ def info(adapter: str | None, console: Console) -> None:
     else:
         for key, value in _description(checkpoints.find_folder(adapter)).items():
             table.add_row(key, value)
+        for key, value in (health(checkpoints.find_folder(adapter)) if with_health else {}).items():
+            table.add_row(f"health: {key}", value)
     console.print(table)
 
 

@@ -68,8 +68,8 @@ class AdaptedModel(PreTrainedModel):
     def _check_new_name(self, adapter_name: str) -> None:
         if adapter_name in self.networks:
             raise AdapterError(f"there is already an adapter {adapter_name!r}; delete it first or take another name")
-        if adapter_name == BASE or "." in adapter_name or not adapter_name:
-            raise AdapterError(f"{adapter_name!r} cannot name an adapter: it is empty, reserved or holds a dot")
+        if adapter_name == BASE or not adapter_name or not adapter_name.isprintable() or set("./\\") & set(adapter_name):
+            raise AdapterError(f"{adapter_name!r} cannot name an adapter: it is empty, reserved or holds a dot or a slash")
 
     def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
         """Makes an adapter the one that calls use and that is trained; the others are frozen."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, StrictDataclassError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -15,16 +15,16 @@ from shadowpeft import files
 from shadowpeft._version import __version__
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.core.config import check_keys
-from shadowpeft.errors import CheckpointError, ConfigError
+from shadowpeft.errors import CheckpointError, ConfigError, ShadowPeftError
 from shadowpeft.model import shared
 from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
 from shadowpeft.model.backbones import empty_backbone
 from shadowpeft.model.bases import load_model
 from shadowpeft.model.build import assemble_network, is_classifier
 from shadowpeft.model.card import model_card
-from shadowpeft.model.fingerprint import differing_tensors, fingerprint
+from shadowpeft.model.fingerprint import NUM_VALUES, differing_tensors, fingerprint
 from shadowpeft.model.sharded import fill, is_sharded
-from shadowpeft.model.tensors import CONFIG_FILE, DIGEST, WEIGHTS_FILE, check_tensors, read_tensors, weights_digest
+from shadowpeft.model.tensors import CONFIG_FILE, DIGEST, WEIGHTS_FILE, check_sizes, check_tensors, read_tensors, weights_digest
 
 CARD_FILE = "README.md"
 FORMAT = "shadowpeft"
@@ -52,6 +52,10 @@ def describe_base(base: PreTrainedModel) -> dict[str, Any]:
         "id2label": {str(k): v for k, v in config.id2label.items()} if is_classifier(base) else None,
         "fingerprint": fingerprint(base),
     }
+
+
+# What the constructors of models raise for values that fit no model.
+_BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError, MemoryError)
 
 
 def save_adapter(
@@ -131,9 +135,23 @@ def load_adapter(
     tensors = read_tensors(folder / WEIGHTS_FILE, described[DIGEST])
     if SHARED_KEY in described:
         tensors |= shared.fetch(base, config, described[SHARED_KEY], str(folder))
-    network = assemble_network(base, config, _saved_backbone(base, config, described["backbone"]))
+    check_sizes({"shadow": described["shadow"], "backbone": described["backbone"]}, base, tensors, folder / CONFIG_FILE)
+    network = _built(base, config, described["backbone"], folder / CONFIG_FILE)
     _fill(network, tensors, folder / WEIGHTS_FILE)
     return network
+
+
+def _built(base: PreTrainedModel, config: ShadowConfig, backbone: dict[str, Any], path: Path) -> ShadowNetwork:
+    """A network of the described shape. A backbone's config may hold anything, and transformers' classes check little."""
+    try:
+        return assemble_network(base, config, _saved_backbone(base, config, backbone))
+    except ShadowPeftError:
+        raise
+    except (*_BUILD_ERRORS, StrictDataclassError) as error:
+        raise CheckpointError(
+            f"{path} describes a network that cannot be built ({type(error).__name__}: {str(error).strip()[:200]}); the "
+            "file was edited or damaged: save the adapter again or fetch it anew"
+        ) from error
 
 
 def restore_weights(network: ShadowNetwork, folder: Path) -> None:
@@ -206,18 +224,44 @@ def _check_layout(described: dict[str, Any], path: Path) -> None:
     if missing:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}")
     check_keys(described, _KEYS | {SHARED_KEY}, what=str(path))
-    if not {"tensors", "sha256"} <= set(described.get(SHARED_KEY, ("tensors", "sha256"))):
+    left_out = described.get(SHARED_KEY, {"tensors": [], "sha256": ""})
+    if not isinstance(left_out, dict) or not {"tensors", "sha256"} <= left_out.keys():
         raise CheckpointError(f"{path}: {SHARED_KEY} lacks its tensors or their sha256")
     for part in ("shadow", "base", "backbone"):
         if not isinstance(described[part], dict):
             raise CheckpointError(f"{path}: {part!r} must be an object, not {type(described[part]).__name__}")
     check_keys(described["base"], _BASE_KEYS, what=f"{path}: base")
+    _check_values(described, path)
     if not isinstance(described["backbone"].get("model_type"), str):
         raise CheckpointError(f"{path}: backbone lacks its model_type")
     try:
         ShadowConfig.from_dict(described["shadow"])
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_values(described: dict[str, Any], path: Path) -> None:
+    """What is read without going through a config class."""
+    base, left_out = described["base"], described.get(SHARED_KEY, {"tensors": [], "sha256": ""})
+    values = list((base.get("fingerprint") or {}).values()) if _is_mapping(base.get("fingerprint")) else [None]
+    is_valid = {
+        DIGEST: isinstance(described[DIGEST], str),
+        "base.name_or_path": isinstance(base.get("name_or_path"), str | None),
+        "base.fingerprint": all(_is_numbers(value) for value in values),
+        "base.id2label": _is_mapping(base.get("id2label")),
+        SHARED_KEY: isinstance(left_out["tensors"], list) and all(isinstance(name, str) for name in left_out["tensors"]),
+    }
+    wrong = [name for name, ok in is_valid.items() if not ok]
+    if wrong:
+        raise CheckpointError(f"{path}: {', '.join(wrong)} is not of the kind that is written there; fetch the file anew")
+
+
+def _is_mapping(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == NUM_VALUES and all(type(item) in (int, float) for item in value)
 
 
 def _check_belongs(

@@ -129,7 +129,7 @@ def projected_tensors(source: str, **load_options: Any) -> dict[str, Tensor]:
     index = _file(source, "model.safetensors.index.json", **load_options)
     names = ["model.safetensors"]
     if index is not None:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = _shard_names(index)
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = _file(source, name, **load_options)
@@ -137,6 +137,22 @@ def projected_tensors(source: str, **load_options: Any) -> dict[str, Tensor]:
             raise CheckpointError(f"{source} holds no {name}; the projected shadow is incomplete: fetch it again")
         tensors |= read_tensors(path)
     return tensors
+
+
+def _shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names.
+
+    Raises:
+        CheckpointError: it is damaged, or names a file outside its folder.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a list of shards ({error}); fetch it again") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or "\\" in name:
+            raise CheckpointError(f"{index} names {name!r}, which lies outside of its folder; do not use this model")
+    return names
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,11 +1,13 @@
 """The weights file of an adapter: read with its damage named, and tied to the config it was saved with."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from shadowpeft.errors import CheckpointError
 
@@ -14,6 +16,10 @@ WEIGHTS_FILE = "shadow_model.safetensors"
 # The config names the weights it was written with, the weights file names itself: two files of different saves,
 # as an interrupted save or copy leaves them, are told apart.
 DIGEST = "weights_sha256"
+# Names of sizes in the configs of transformers' models and in ours; positions and windows make no weights of their size
+# where they do not also appear in the file.
+_SIZE_NAME = re.compile(r"(^|_)(r|size|dim|inner|embd|heads|layers?|layer|head|experts)$")
+_DEPTH_NAME = re.compile(r"(^|_)(layers?|layer)$")
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:
@@ -45,6 +51,26 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
             "was interrupted; save the adapter again or fetch both files anew"
         )
     return tensors
+
+
+def check_sizes(described: dict[str, dict], base: PreTrainedModel, tensors: dict[str, Tensor], path: Path) -> None:
+    """Refuses sizes that no tensor has, before anything of that size is made.
+
+    Raises:
+        CheckpointError: more blocks than tensors, or another size beyond the largest dimension of base and adapter.
+    """
+    shapes = [tensor.shape for tensor in (*tensors.values(), *base.parameters())]
+    largest = max((max(shape) for shape in shapes if shape), default=0)
+    for part, values in described.items():
+        for name, value in values.items():
+            if not _SIZE_NAME.search(name) or not isinstance(value, int):
+                continue
+            limit = max(len(tensors), 1) if _DEPTH_NAME.search(name) else largest
+            if value > limit:
+                raise CheckpointError(
+                    f"{path}: {part} has {name}={value}, but the weights beside it allow {limit} at most; the file was "
+                    "edited or damaged, or belongs to another adapter"
+                )
 
 
 def check_tensors(expected: dict[str, Tensor], found: dict[str, Tensor], path: Path) -> None:

@@ -40,6 +40,7 @@ class TrainConfig:
     clip: float = _field(1.0, "gradient norm to clip at")
     max_length: int = _field(512, "tokens of prompt and answer together")
     dtype: str = _field("auto", "dtype of the base: auto, float32, bfloat16 or float16")
+    group_by_length: bool = _field(False, "batches of rows of about one length, in random order: less padding")
     gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass")
     seed: int = _field(0, "seed of initialisation, order and dropout")
     limit_train: int | None = _field(None, "use at most this many training rows")

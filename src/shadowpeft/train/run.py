@@ -122,8 +122,16 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     length: dict[str, Any] = {"num_train_epochs": config.epochs}
     if config.max_steps > 0:
         length = {"max_steps": config.max_steps}
-    # Every trained weight has a gradient in every step, so several processes need not look for those without.
-    return shared_arguments(config, folder, **length, **_checkpointing(config), ddp_find_unused_parameters=False)
+    # Every trained weight has a gradient in every step: several processes need not look for those without.
+    order = "group_by_length" if config.group_by_length else "random"
+    return shared_arguments(
+        config,
+        folder,
+        **length,
+        **_checkpointing(config),
+        train_sampling_strategy=order,
+        ddp_find_unused_parameters=False,
+    )
 
 
 def make_trainer(

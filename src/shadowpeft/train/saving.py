@@ -1,4 +1,4 @@
-"""Checkpoints that are there whole or not at all, whenever the process dies."""
+"""Checkpoints that are there whole or not at all, whenever the process dies; and no step on what is no number."""
 
 import os
 import shutil
@@ -7,12 +7,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.files import STAGING_PREFIX, SaveError, put_in_place, sync_tree
+from shadowpeft.train.finite import check_gradients, check_loss
 
 # Beside the checkpoints, so that moving one out of it is a rename.
 STAGING = f"{STAGING_PREFIX}checkpoint"
@@ -28,12 +29,28 @@ class SafeTrainer(Trainer):
 
     A process killed at any moment leaves earlier checkpoints whole and at most a temporary folder, which the next save
     removes. A full disk ends in one :class:`SaveError`. With several processes all of them write to the same temporary
-    folder, and the first one renames it when all have finished.
+    folder, and the first one renames it when all have finished. A loss or gradient that is not finite ends the run in one
+    :class:`NotFiniteError` before it reaches the weights.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._staging: Path | None = None
+        self._batch_in_step = 0
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """As in transformers, which logs an earlier loss where this one is no number, and goes on."""
+        self._batch_in_step += 1
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        check_loss(loss, inputs, step=self.state.global_step + 1, batch=self._batch_in_step)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # A scaler for float16 meets infinite gradients now and then, and skips those steps itself.
+        if getattr(self.accelerator, "scaler", None) is None and not self.is_deepspeed_enabled:
+            check_gradients(model, step=self.state.global_step + 1, batches=self._batch_in_step)
+        self._batch_in_step = 0
+        return super()._clip_grad_norm(model)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)

@@ -1,0 +1,123 @@
+"""Numbers that are none stop a run; a finished one is looked over."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from models import randomise, tiny_base, tiny_config
+from shadowpeft import cli, get_shadow_model
+from shadowpeft.core.step import Injection
+from shadowpeft.model.tensors import WEIGHTS_FILE
+from shadowpeft.train import health as module
+from shadowpeft.train.checkpoints import newest_checkpoint
+from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.finite import NotFiniteError
+from shadowpeft.train.health import health, spikes
+from shadowpeft.train.run import train
+from shadowpeft.train.trainer import ShadowTrainer
+from workbench import write_base, write_intents
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    write_base(folder / "base")
+    write_intents(folder / "intents")
+    return folder
+
+
+def settings(bench, output):
+    return TrainConfig.from_dict(
+        {"base": str(bench / "base"), "task": "intent", "data": str(bench / "intents"), "output": str(output)}
+        | {"max_steps": 6, "batch_size": 4, "gradient_accumulation": 2, "save_every": 2}
+        | {"shadow": {"shadow_intermediate_size": 24}}
+    )
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_batch(bench, tmp_path, monkeypatch):
+    compute, calls = ShadowTrainer.compute_loss, []
+
+    def broken(self, model, inputs, *args, **kwargs):
+        calls.append(1)
+        loss = compute(self, model, inputs, *args, **kwargs)
+        return loss * float("nan") if len(calls) == 7 else loss  # steps 1 to 3 have 2, 2 and 1 batches
+
+    monkeypatch.setattr(ShadowTrainer, "compute_loss", broken)
+    with pytest.raises(NotFiniteError, match=r"the loss is nan in step 4, batch 2 \(input_ids \[4, \d+\] from \[1, "):
+        train(settings(bench, tmp_path))
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_gradient_that_is_no_number_stops_the_run_and_names_the_weight(bench, tmp_path, monkeypatch):
+    forward = Injection.forward
+
+    def broken(self, h, s):
+        if self.training and len(seen) >= 4:  # the batch of step 3; the loss itself stays finite
+            self.W_up.register_hook(lambda gradient: gradient * float("inf"))
+        seen.append(1)
+        return forward(self, h, s)
+
+    seen = []
+    monkeypatch.setattr(Injection, "forward", broken)
+    monkeypatch.setattr("shadowpeft.core.network.step_backend", lambda *_, **__: ("autograd", "for this test"))
+    with pytest.raises(NotFiniteError, match=r"gradient norm is (nan|inf) in step 3 .*injections\.0\.W_up"):
+        train(settings(bench, tmp_path))
+    weights = load_file(newest_checkpoint(tmp_path / "checkpoints") / WEIGHTS_FILE)
+    assert all(torch.isfinite(tensor).all() for tensor in weights.values())
+
+
+def test_a_spike_stands_out_from_the_lines_before_it_and_noise_does_not():
+    generator = torch.Generator().manual_seed(0)
+    noise = (torch.randn(200, generator=generator) * 0.02).tolist()
+    losses = [(step, 2.0 * 0.99**step + 1 + noise[step]) for step in range(200)]
+    assert spikes(losses) == []
+    losses[120] = (120, 4.0)
+    assert spikes(losses) == [(120, 4.0)]
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """(model, folder): an adapter whose gates of the second update are all shut, with the log of a run beside it."""
+    model = get_shadow_model(tiny_base(), tiny_config())
+    randomise(model.network())
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps({"step": n, "loss": 9.0 if n == 30 else 2.0 + 0.01 * (n % 3)}) + "\n" for n in range(1, 41))
+        + '{"step": 41, "lo'
+    )
+    return model, tmp_path / "adapter"
+
+
+def test_dead_gates_and_untrained_corrections_are_found(adapter, monkeypatch, capsys):
+    model, folder = adapter
+    network = model.network()
+    with torch.no_grad():
+        network.updates[1].W_G1.fill_(1.0)
+        network.updates[1].W_G2.fill_(0.0)
+        network.injections[0].W_up.zero_()
+    model.save_pretrained(folder)
+    found = health(folder)
+    assert found["loss"].endswith("1 spikes: 9.000 at step 30")
+    assert (found["not finite"], found["untrained"]) == ("0 weights", "1 corrections: injections.0.W_up")
+    assert "more than half" not in found["dead gates"], "a gate of 0.5 everywhere moves nothing, but is not shut"
+    weights = {name: value.detach() for name, value in network.updates[1].named_weights().items() if value is not None}
+    # Its W_G2 is zero, so the bias alone decides: sigmoid(-9) shuts it for every probe, sigmoid(9) opens it.
+    assert module.dead_share(network.config, weights | {"b_G2": torch.full((32,), -9.0)}) == 1.0
+    assert module.dead_share(network.config, weights | {"b_G2": torch.full((32,), 9.0)}) == 1.0
+    assert module.dead_share(network.config, weights) == 0.0
+    monkeypatch.setattr("sys.argv", ["shadowpeft", "info", str(folder), "--health"])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert "health: dead gates" in capsys.readouterr().out
+
+
+def test_health_without_an_adapter_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["shadowpeft", "info", "--health"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert "name its folder" in capsys.readouterr().err
