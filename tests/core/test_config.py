@@ -39,7 +39,7 @@ def test_presets_cover_the_deviation_table():
 
 
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="paper, authors, peft"):
+    with pytest.raises(ConfigError, match="paper, recommended, authors, peft"):
         ShadowConfig.preset("lora")
 
 

@@ -147,7 +147,7 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
         hidden, shadow, weight, bias = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return None, None, hidden, shadow, None, weight, bias, None
 

@@ -39,7 +39,7 @@ def advance(update: "Update", z: Tensor, s: Tensor) -> Tensor:
     W_T1, W_G1 = update.W_T1, update.W_G1
     z = z.to(W_T1.dtype)
     hidden_t, hidden_g = z @ W_T1, z @ W_G1
-    if update.b_T1 is not None:
+    if update.b_T1 is not None and update.b_G1 is not None:
         hidden_t += update.b_T1
         hidden_g += update.b_G1
     if update.config.update_activation == "silu":
@@ -47,7 +47,7 @@ def advance(update: "Update", z: Tensor, s: Tensor) -> Tensor:
     else:
         hidden_t, hidden_g = F.gelu(hidden_t), F.gelu(hidden_g)
     t, g = hidden_t @ update.W_T2, hidden_g @ update.W_G2
-    if update.b_T2 is not None:
+    if update.b_T2 is not None and update.b_G2 is not None:
         t += update.b_T2
         g += update.b_G2
     return torch.lerp(s.to(t.dtype), t, g.sigmoid_()).to(s.dtype)

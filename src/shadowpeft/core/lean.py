@@ -47,7 +47,7 @@ class _View(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "_View":
         key = tensor.untyped_storage()._cdata
-        return cls(key, tensor._version, tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype)
+        return cls(key, tensor._version, tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ def lean_graph() -> Iterator[None]:
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
-    recorder = _Recorder(torch._C._autograd._top_saved_tensors_default_hooks(False))
+    recorder = _Recorder(torch._C._autograd._top_saved_tensors_default_hooks(False))  # type: ignore[attr-defined]
     try:
         with recorder, torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpack):
             yield

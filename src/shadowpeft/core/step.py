@@ -62,6 +62,8 @@ class Injection(nn.Module):
     correction, with a trained vector ``diagonal`` that starts at zero too.
     """
 
+    diagonal: nn.Parameter | None
+
     def __init__(self, width: int, config: ShadowConfig) -> None:
         super().__init__()
         self.config = config
@@ -95,6 +97,11 @@ class Injection(nn.Module):
 
 class Update(nn.Module):
     """The gated advance of the shadow state after one block (Eq. 5-7)."""
+
+    b_T1: nn.Parameter | None
+    b_T2: nn.Parameter | None
+    b_G1: nn.Parameter | None
+    b_G2: nn.Parameter | None
 
     def __init__(self, width: int, config: ShadowConfig) -> None:
         super().__init__()

@@ -35,8 +35,8 @@ def lm_eval_scores(
         ConfigError: an unknown mode, or a classifier, which the harness cannot ask.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
+        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
     except ImportError as error:
         raise MissingPackageError("scoring with lm_eval needs the package: pip install lm_eval") from error
     if not model.can_generate():

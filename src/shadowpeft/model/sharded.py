@@ -19,7 +19,7 @@ def whole(tensor: Tensor) -> Tensor:
 def gathered_state(module: nn.Module) -> dict[str, Tensor]:
     """``state_dict()`` with whole tensors, in the memory of the first process. Every process has to call it."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return get_model_state_dict(module, options=options)
+    return get_model_state_dict(module, options=options)  # type: ignore[return-value]
 
 
 def fill(module: nn.Module, tensors: dict[str, Any]) -> None:

@@ -169,7 +169,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     console = console if console is not None and is_first else Console(quiet=True)
     checkpoint = check_run_folder(folder, resume=config.resume)
     prepared = prepare(config)
-    arguments.distributed_state.wait_for_everyone()  # all have looked at the folder before the first one writes to it
+    arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr] # all have looked at the folder before the first one writes to it
     if config.resume and checkpoint is None:
         console.print("there is no complete checkpoint yet: starting from the first step")
     if is_first:
@@ -197,7 +197,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         trainer.save_adapter(folder / ADAPTER_FOLDER)
         if is_first:
             prepared.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
-    arguments.distributed_state.wait_for_everyone()
+    arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(
         prepared=prepared,

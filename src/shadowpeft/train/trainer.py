@@ -74,7 +74,7 @@ class ShadowTrainer(SafeTrainer):
             reduction = "sum" if self.args.average_tokens_across_devices else "mean"
             for name, total in self._sums.items():
                 total = self.accelerator.reduce(total, reduction)
-                logs[name] = round(total.item() / max(steps, 1), 4)
+                logs[name] = round(float(total) / max(steps, 1), 4)  # type: ignore[arg-type]
             self._sums.clear()
             self._num_passes = 0
         super().log(logs, *args, **kwargs)

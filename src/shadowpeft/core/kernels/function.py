@@ -23,7 +23,7 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: StepSpec, backend: str, h: Tensor, s: Tensor, *weights: Tensor | None) -> Any:
-        w = StepWeights(*weights)
+        w = StepWeights(*weights)  # type: ignore[arg-type]
         width = h.shape[-1]
         with torch.autocast(h.device.type, enabled=False):
             out = _implementation(backend).forward(spec, h.reshape(-1, width), s.reshape(-1, width), w)
@@ -41,9 +41,10 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
         supply = iter(ctx.saved_tensors)
-        kept, s, bottleneck, scale, s_out, *weights = (next(supply) if there else None for there in ctx.present)
+        saved: list[Any] = [next(supply) if there else None for there in ctx.present]
+        kept, s, bottleneck, scale, s_out, *weights = saved
         w = StepWeights(*weights)
         shape, width = kept.shape, kept.shape[-1]
         s_out = None if w.diagonal is None else (s if s_out is None else s_out).reshape(-1, width)

@@ -10,8 +10,8 @@ states use TF32, whose mantissa is longer than theirs.
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
+import triton  # type: ignore[import-not-found]
+import triton.language as tl  # type: ignore[import-not-found]
 from torch import Tensor
 
 from shadowpeft.core.kernels.reference import StepGradients, StepOutput
@@ -408,7 +408,7 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     s_out = None if w.W_T1 is None else torch.empty(s.shape, dtype=s.dtype, device=s.device)
     bottleneck = torch.empty(num_tokens, w.W_down.shape[1], dtype=torch.float32, device=h.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=h.device) if spec.scales_state else None
-    _forward[(triton.cdiv(num_tokens, _TOKENS),)](
+    _forward[(triton.cdiv(num_tokens, _TOKENS),)](  # type: ignore[index]
         h, s, h_out, h_out if s_out is None else s_out, bottleneck, bottleneck if scale is None else scale,
         *_pointers(w, h), *_numbers(spec, h, s, w, seed), **_switches(spec, h, w),
     )  # fmt: skip
@@ -444,7 +444,7 @@ def backward(
     switches = _switches(spec, h, w)
     has_grad_s = grad_s is not None
     upstream = (grad_h, grad_s if grad_s is not None else grad_h)
-    _backward_tokens[(triton.cdiv(num_tokens, _TOKENS),)](
+    _backward_tokens[(triton.cdiv(num_tokens, _TOKENS),)](  # type: ignore[index]
         h, s, *upstream, grad_s_in if grad_h_in is None else grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T,
         grad_G, mean, rstd, scale, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
         HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches,
@@ -458,7 +458,7 @@ def backward(
     p = dict(zip(StepWeights._fields, _pointers(w, h), strict=True))
     for unused in ("GELU", "DROPS_INJECT", "DROPS_TRANSFORM"):
         del switches[unused]
-    _backward_weights[(triton.cdiv(width, _COLUMNS), splits)](
+    _backward_weights[(triton.cdiv(width, _COLUMNS), splits)](  # type: ignore[index]
         h, s, *upstream, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, mean, rstd, scale,
         p["W_down"], p["W_T1"], p["W_T2"], p["W_G1"], p["W_G2"], p["b_T2"], p["b_G2"], p["norm_weight"],
         p["norm_bias"], p["diagonal"], tall, flat, vectors, num_tokens, width, rank, hidden, h.stride(0), s.stride(0),
@@ -491,7 +491,7 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _contiguous(w: StepWeights) -> StepWeights:
-    return StepWeights(*(None if weight is None else weight.contiguous() for weight in w))
+    return StepWeights(*(None if weight is None else weight.contiguous() for weight in w))  # type: ignore[arg-type]
 
 
 def _pointers(w: StepWeights, placeholder: Tensor) -> list[Tensor]:
