@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint check docs package clean
+.PHONY: demo test lint docs package clean
 
 demo: $(VENV)/.package
 	$(BIN)/shadowpeft demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -14,8 +14,6 @@ test: $(VENV)/.tests
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .
-
-check: lint
 	$(BIN)/pyright
 
 # Strict: a link that leads nowhere or a page outside the navigation fails.
