@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,18 @@ def base_table() -> str:
     return "\n".join(rows)
 
 
+def decode_table(name: str) -> str:
+    """Times as the benchmark gives them; speed is tokens a second beside the plain base in the same trial."""
+    rows = ["| | batch | prefill ms | ms/token | tokens/s | speed, base = 1 | tokens a pass of the base | share of ceiling |",
+            "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for row in result(name)["rows"]:
+        rows.append(
+            f"| {row['name']} | {row['batch']} | {row['prefill_ms']} | {row['ms_per_token']} | {row['tokens_per_s']:,.0f} "
+            f"| {1 / row['ratio_to_base']:.2f} | {row['mean_accepted_length']:.2f} | {row['bandwidth_share']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
@@ -79,6 +92,8 @@ def percent(share: float) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "parity": parity_table,
+    "decode-robot": partial(decode_table, "decode-robot"),
+    "decode-e2e": partial(decode_table, "decode-e2e"),
     "tasks": tasks_table,
     "base": base_table,
 }
