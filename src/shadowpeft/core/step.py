@@ -24,8 +24,12 @@ def discrepancy(h: States, s: States) -> States:
 
 
 def rms(h: States) -> Tensor:
-    """The root mean square of each token's ``h``, [B, T, 1], kept above zero by 1e-6 under the root."""
-    return torch.sqrt(h.square().mean(-1, keepdim=True) + RMS_EPS)
+    """The root mean square of each token's ``h``, [B, T, 1] in its dtype, kept above zero by 1e-6 under the root.
+
+    Taken in fp32 or wider: the square of an entry above 255 is infinite in float16, and blocks give such entries.
+    """
+    wide = h if h.dtype == torch.float64 else h.float()
+    return torch.sqrt(wide.square().mean(-1, keepdim=True) + RMS_EPS).to(h.dtype)
 
 
 def correction(delta: States, W_down: Down, W_up: Up, *, dropout: float = 0.0, at: str = "bottleneck") -> States:

@@ -189,8 +189,8 @@ def _run(
 ) -> None:
     app = create_app(service, api_key=api_key, max_bytes=max_bytes)
     console.print(f"serving {', '.join(service.model_names())} at http://{host}:{port}", soft_wrap=True)
-    run_app(app, host=host, port=port, grace_seconds=int(settings.request_seconds) + _GRACE)
-    console.print("stopped; every request was answered")
+    waited = run_app(app, host=host, port=port, grace_seconds=int(settings.request_seconds) + _GRACE)
+    console.print("stopped; every request was answered" if waited else "stopped at once; requests under way were cut off")
 
 
 def _expectation(router: Router) -> str:

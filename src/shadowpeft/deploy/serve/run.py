@@ -1,6 +1,9 @@
 """Running an application until it is told to stop."""
 
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
@@ -8,11 +11,16 @@ from fastapi import FastAPI
 from shadowpeft.errors import ConfigError
 
 
-def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int) -> None:
+def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int) -> bool:
     """Serves until SIGTERM or Ctrl-C; then takes no new connection, finishes running requests and returns.
+
+    To be called in the main thread, the only one that signals reach.
 
     Args:
         grace_seconds: requests that still run after so long are cut off.
+
+    Returns:
+        Whether it waited for the running requests; a second Ctrl-C ends it without.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -21,7 +29,25 @@ def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int) -> None:
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=grace_seconds
     )
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    with _signals_end_only(server):
+        server.run()
+    return not server.force_exit
+
+
+@contextmanager
+def _signals_end_only(server: uvicorn.Server) -> Iterator[None]:
+    """uvicorn raises a signal again when it has shut down; without this that would kill the process, status and all."""
+
+    def stop(number: int, frame: object) -> None:
+        server.should_exit = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def check_free(host: str, port: int) -> None:

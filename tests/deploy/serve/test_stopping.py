@@ -1,0 +1,61 @@
+"""SIGTERM at real processes: what runs is finished, the last line is printed, and the exit status is 0."""
+
+import threading
+import time
+
+import httpx
+import pytest
+
+from deploy.route.test_edge import router
+from deploy.tiny import byte_tokenizer, shadow_model
+from shadowpeft.deploy.route.artefact import save_router
+from shadowpeft.deploy.system_eval.processes import ServerProcess
+
+ASKED = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 200, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a base, an adapter and a router."""
+    folder = tmp_path_factory.mktemp("stopping")
+    model = shadow_model(adapters=("robot",))
+    # Greedy answers then never hold the end token, whose logit of 0 is never the largest, and run for long enough.
+    model.base.lm_head.weight.data[2] = 0
+    model.base.save_pretrained(folder / "base")
+    model.base.name_or_path = str(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    model.save_pretrained(folder / "adapter")
+    save_router(router(0.0), folder / "router.json")
+    return folder
+
+
+def wait_until_decoding(url):
+    deadline = time.monotonic() + 30
+    while "shadowpeft_batch_rows_count 0.0" in httpx.get(f"{url}/metrics", trust_env=False).text:
+        assert time.monotonic() < deadline, "no row was ever decoded"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("verb", "model"), [("serve", "robot"), ("edge", "edge")])
+def test_sigterm_finishes_what_runs_and_ends_with_status_0(saved, verb, model):
+    more = {"serve": [], "edge": ["--never-escalate", "--router", str(saved / "router.json")]}[verb]
+    place = {"serve": f"robot={saved / 'adapter'}", "edge": str(saved / "adapter")}[verb]
+    server, got = ServerProcess([verb, place, *more]), []
+
+    def ask():
+        got.append(httpx.post(f"{server.url}/v1/chat/completions", json=ASKED | {"model": model}, timeout=60, trust_env=False))
+
+    server.start()
+    try:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        wait_until_decoding(server.url)
+        assert not got  # else nothing ran when the signal came, and the test would show nothing
+        status = server.stop()
+        asking.join()
+        assert (status, server.last_line()) == (0, "stopped; every request was answered")
+    finally:
+        server.kill()
+        server.close()
+    assert got[0].status_code == 200
+    assert got[0].json()["usage"]["completion_tokens"] == ASKED["max_tokens"]
