@@ -224,3 +224,15 @@ def test_the_choice_of_an_implementation_comes_with_its_reason(options, name, re
     found = step_backend(ShadowConfig(), **options)
     assert found[0] == name
     assert reason in found[1]
+
+
+def test_a_state_scaled_by_a_zero_h_has_finite_gradients_like_plain_autograd():
+    made = network(scale_state=True, shadow_dropout=0.0, adapter_dtype="float64").train()
+    gradients = []
+    for plain in (False, True):
+        h, s = torch.zeros(1, 2, D, dtype=torch.float64, requires_grad=True), states()[1][:1, :2].requires_grad_()
+        with plain_steps() if plain else contextlib.nullcontext():
+            made.step(2, h, s)[0].sin().sum().backward()
+        assert h.grad is not None and h.grad.isfinite().all()
+        gradients.append((h.grad, s.grad))
+    assert_close(*gradients)

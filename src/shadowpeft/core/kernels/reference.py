@@ -141,7 +141,9 @@ def backward(
         grad_state = grad_state.addcmul_(grad, w.diagonal, value=spec.alpha)
     if scale is not None:
         if grad_into_h is not None:
-            along = (grad_state * state).sum(-1, keepdim=True) / (scale * h.shape[-1])
+            # The RMS has no slope at h = 0; as torch has it, that counts as 0.
+            smallest = torch.finfo(dtype).tiny
+            along = (grad_state * state).sum(-1, keepdim=True) / (scale.to(dtype) * h.shape[-1]).clamp_min(smallest)
             grad_into_h = torch.addcmul(grad_into_h, along.to(dtype), h.to(dtype))
         grad_state = grad_state.mul_(scale)
     if grad_s is not None:

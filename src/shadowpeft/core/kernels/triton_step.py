@@ -16,7 +16,6 @@ from torch import Tensor
 
 from shadowpeft.core.kernels.reference import StepGradients, StepOutput
 from shadowpeft.core.kernels.spec import StepSpec, StepWeights
-from shadowpeft.core.step import RMS_EPS
 
 _TOKENS, _COLUMNS = 16, 64
 # Parts of the token axis that the second backward kernel walks over at the same time.
@@ -90,13 +89,13 @@ def _moments(h, rows, stride, N, D, eps, BLOCK_T: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _rms(h, rows, stride, N, D, eps, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
+def _rms(h, rows, stride, N, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
     """The root mean square of every row."""
     squares = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, D, BLOCK_D):
         values = _tile(h, rows, start + tl.arange(0, BLOCK_D), stride, N, D)
         squares += tl.sum(values * values, 1)
-    return tl.sqrt(squares / D + eps)
+    return tl.sqrt(squares / D)
 
 
 @triton.jit
@@ -140,7 +139,7 @@ def _new_state(s, old, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D,
 
 @triton.jit
 def _forward(h, s, h_out, s_out, bottleneck, scales, W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2,
-             norm_weight, norm_bias, diagonal, seed, N, D, R, HG, h_stride, s_stride, alpha, eps, rms_eps,
+             norm_weight, norm_bias, diagonal, seed, N, D, R, HG, h_stride, s_stride, alpha, eps,
              inject_dropout, transform_dropout, SCALES: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
              HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
              FROM_STATE: tl.constexpr, DROPS_INJECT: tl.constexpr, DROPS_TRANSFORM: tl.constexpr,
@@ -162,7 +161,7 @@ def _forward(h, s, h_out, s_out, bottleneck, scales, W_down, W_up, W_T1, W_T2, W
             act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
     scale = tl.full([BLOCK_T], 1.0, tl.float32)
     if SCALES:
-        scale = _rms(h, rows, h_stride, N, D, rms_eps, BLOCK_T, BLOCK_D)
+        scale = _rms(h, rows, h_stride, N, D, BLOCK_T, BLOCK_D)
         tl.store(scales + rows, scale, mask=rows < N)
     z = tl.zeros([BLOCK_T, RP], tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -206,7 +205,7 @@ def _grad_scaled(dz, grad_h, rows, columns, ranks, W_down, diagonal, alpha, N, D
 @triton.jit
 def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T, grad_G, means, rstds,
                      scales, W_down, W_up, W_T1, W_T2, W_G1, W_G2, b_T1, b_T2, b_G1, b_G2, norm_weight, norm_bias,
-                     diagonal, seed, N, D, R, HG, h_stride, s_stride, alpha, eps, rms_eps, inject_dropout,
+                     diagonal, seed, N, D, R, HG, h_stride, s_stride, alpha, eps, inject_dropout,
                      transform_dropout, SCALES: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
                      HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
                      FROM_STATE: tl.constexpr, DROPS_INJECT: tl.constexpr, DROPS_TRANSFORM: tl.constexpr,
@@ -246,7 +245,7 @@ def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T,
         _put(kept_G, act_G, rows, narrow, HG, N, HG)
     scale = tl.full([BLOCK_T], 1.0, tl.float32)
     if SCALES:
-        scale = _rms(h, rows, h_stride, N, D, rms_eps, BLOCK_T, BLOCK_D)
+        scale = _rms(h, rows, h_stride, N, D, BLOCK_T, BLOCK_D)
         tl.store(scales + rows, scale, mask=rows < N)
     d_scale = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, D, BLOCK_D):
@@ -295,7 +294,7 @@ def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T,
             if not FROM_STATE:
                 out += _dot(dz, tl.trans(_tile(W_down, columns, ranks, R, D, R)), PRECISION)
             if SCALES:
-                out += _tile(h, rows, columns, h_stride, N, D) * (d_scale / (scale * D))[:, None]
+                out += _tile(h, rows, columns, h_stride, N, D) * (d_scale / tl.maximum(scale * D, 1e-37))[:, None]
             if HAS_UPDATE:
                 dx = _dot(d_T, tl.trans(_tile(W_T1, columns, narrow, HG, D, HG)), PRECISION)
                 dx += _dot(d_G, tl.trans(_tile(W_G1, columns, narrow, HG, D, HG)), PRECISION)
@@ -503,7 +502,7 @@ def _numbers(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights, seed: Tensor 
     hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
     return [
         0 if seed is None else int(seed), *h.shape, w.W_down.shape[1], hidden, h.stride(0), s.stride(0),
-        spec.alpha, spec.norm_eps, RMS_EPS, spec.inject_dropout, spec.transform_dropout,
+        spec.alpha, spec.norm_eps, spec.inject_dropout, spec.transform_dropout,
     ]  # fmt: skip
 
 
