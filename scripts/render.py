@@ -93,6 +93,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "parity": parity_table,
     "decode-robot": partial(decode_table, "decode-robot"),
+    "decode-12x1024": partial(decode_table, "decode-12x1024"),
     "decode-e2e": partial(decode_table, "decode-e2e"),
     "tasks": tasks_table,
     "base": base_table,
