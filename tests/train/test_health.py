@@ -1,9 +1,12 @@
 """Numbers that are none stop a run; a finished one is looked over."""
 
+import io
 import json
+import signal
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from models import randomise, tiny_base, tiny_config
@@ -45,8 +48,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_batch(bench, 
         return loss * float("nan") if len(calls) == 7 else loss  # steps 1 to 3 have 2, 2 and 1 batches
 
     monkeypatch.setattr(ShadowTrainer, "compute_loss", broken)
+    screen, handler = io.StringIO(), signal.getsignal(signal.SIGINT)
     with pytest.raises(NotFiniteError, match=r"the loss is nan in step 4, batch 2 \(input_ids \[4, \d+\] from \[1, "):
-        train(settings(bench, tmp_path))
+        train(settings(bench, tmp_path), console=Console(file=screen, force_terminal=True))
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert screen.getvalue().rfind("\x1b[?25h") > screen.getvalue().rfind("\x1b[?25l") >= 0  # the cursor is shown again
     assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
     assert not (tmp_path / "adapter").exists()
 
