@@ -1,9 +1,11 @@
 """Writing files so that a reader finds the old content or the new one, never half of it."""
 
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shadowpeft.errors import ConfigError, ShadowPeftError
@@ -16,29 +18,53 @@ class SaveError(ShadowPeftError, OSError):
     """A folder that could not be written; what was there before is untouched."""
 
 
+def failed_write(error: BaseException) -> str | None:
+    """What the system said, if ``error`` is a failed write; None for anything else.
+
+    Not all writers raise OSError: torch's hides the reason, and safetensors' and tokenizers', in Rust, have errors of
+    their own that end in the system's number.
+    """
+    if isinstance(error, SaveError) and error.__cause__ is not None:
+        return failed_write(error.__cause__)
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    if number is not None:
+        return os.strerror(int(number[1]))
+    is_torch = isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter", str(error))
+    return "the file could not be written" if is_torch else None
+
+
+@contextmanager
+def save_errors(what: str, way_out: str) -> Iterator[None]:
+    """Within the block a failed write is a :class:`SaveError` of ``what``, the reason and the ``way_out``."""
+    try:
+        yield
+    except Exception as error:
+        reason = failed_write(error)
+        if reason is not None:
+            raise SaveError(f"{what}: {reason}; {way_out}") from error
+        raise
+
+
 def write_files(folder: Path, write: Callable[[Path], object]) -> None:
     """Lets ``write`` fill a temporary folder beside ``folder``, then moves every file into place.
 
     Raises:
         SaveError: disk full, read-only, or a file where the folder should be. Old files stay as they were.
     """
-    try:
+    with save_errors(f"cannot write to {folder}", "choose another folder"):
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
-    except OSError as error:
-        raise SaveError(f"cannot write to {folder}: {error.strerror or error}; choose another folder") from error
+    way_out = "the files that were there are unchanged. Free some space or choose another folder"
     try:
-        write(staging)
-        for path in sorted(staging.iterdir()):
-            _sync(path)
-        for path in sorted(staging.iterdir()):
-            os.replace(path, folder / path.name)
-        _sync(folder)
-    except OSError as error:
-        raise SaveError(
-            f"could not save to {folder}: {error.strerror or error}; the files that were there are unchanged. "
-            "Free some space or choose another folder"
-        ) from error
+        with save_errors(f"could not save to {folder}", way_out):
+            write(staging)
+            for path in sorted(staging.iterdir()):
+                _sync(path)
+            for path in sorted(staging.iterdir()):
+                os.replace(path, folder / path.name)
+            _sync(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

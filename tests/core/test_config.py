@@ -38,6 +38,14 @@ def test_presets_cover_the_deviation_table():
     assert (peft.update_bias, peft.transform_dropout, peft.down_init) == (True, False, "linear")
 
 
+def test_what_is_recommended_is_another_formula_but_not_another_shadow():
+    changed = {name for name, value in ShadowConfig.preset("recommended").to_dict().items()
+               if value != getattr(ShadowConfig(), name)}  # fmt: skip
+    assert changed == {
+        *("shadow_alpha", "shadow_dropout", "auxiliary_loss_weight"), *("scale_state", "inject_diagonal", "use_update")
+    }  # fmt: skip
+
+
 def test_an_unknown_preset_lists_the_known_ones():
     with pytest.raises(ConfigError, match="paper, recommended, authors, peft"):
         ShadowConfig.preset("lora")

@@ -170,6 +170,21 @@ def test_a_folder_that_is_not_there_is_refused_without_asking_the_hub():
         load("no/such-adapter")
 
 
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_one_set_of_steps_beside_a_deep_base_loads(tmp_path, model_type):
+    """Few tensors, fewer than the number of blocks that the backbone's config takes over from the base's."""
+    base = tiny_base(model_type, max_window_layers=64)
+    get_shadow_model(base, tiny_config(share_steps=True)).save_pretrained(tmp_path)
+    assert load(tmp_path, tiny_base(model_type, max_window_layers=64)).shadow_config.share_steps
+
+
+def test_sizes_that_are_not_used_do_not_count(tmp_path):
+    """The MLP width that an implicit shadow would have, beside an explicit one and a base where nothing is as wide."""
+    model = get_shadow_model(tiny_base(), tiny_config(shadow_model="base:first:1", shadow_intermediate_size=10**6))
+    model.save_pretrained(tmp_path)
+    load(tmp_path)
+
+
 def test_a_full_disk_leaves_the_old_checkpoint_whole(saved, monkeypatch):
     folder, model = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

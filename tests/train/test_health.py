@@ -1,16 +1,18 @@
 """Numbers that are none stop a run; a finished one is looked over."""
 
+import io
 import json
+import signal
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
 from models import randomise, tiny_base, tiny_config
 from shadowpeft import cli, get_shadow_model
 from shadowpeft.core.step import Injection
 from shadowpeft.model.tensors import WEIGHTS_FILE
-from shadowpeft.train import health as module
 from shadowpeft.train.checkpoints import newest_checkpoint
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.finite import NotFiniteError
@@ -45,8 +47,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_batch(bench, 
         return loss * float("nan") if len(calls) == 7 else loss  # steps 1 to 3 have 2, 2 and 1 batches
 
     monkeypatch.setattr(ShadowTrainer, "compute_loss", broken)
+    screen, handler = io.StringIO(), signal.getsignal(signal.SIGINT)
     with pytest.raises(NotFiniteError, match=r"the loss is nan in step 4, batch 2 \(input_ids \[4, \d+\] from \[1, "):
-        train(settings(bench, tmp_path))
+        train(settings(bench, tmp_path), console=Console(file=screen, force_terminal=True))
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert screen.getvalue().rfind("\x1b[?25h") > screen.getvalue().rfind("\x1b[?25l") >= 0  # the cursor is shown again
     assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
     assert not (tmp_path / "adapter").exists()
 
@@ -80,8 +85,8 @@ def test_a_spike_stands_out_from_the_lines_before_it_and_noise_does_not():
 
 @pytest.fixture
 def adapter(tmp_path):
-    """(model, folder): an adapter whose gates of the second update are all shut, with the log of a run beside it."""
-    model = get_shadow_model(tiny_base(), tiny_config())
+    """(model, folder to save it to): a randomised adapter with biases, and the log of a run beside the folder."""
+    model = get_shadow_model(tiny_base(), tiny_config(update_bias=True))
     randomise(model.network())
     (tmp_path / "metrics.jsonl").write_text(
         "".join(json.dumps({"step": n, "loss": 9.0 if n == 30 else 2.0 + 0.01 * (n % 3)}) + "\n" for n in range(1, 41))
@@ -94,19 +99,18 @@ def test_dead_gates_and_untrained_corrections_are_found(adapter, monkeypatch, ca
     model, folder = adapter
     network = model.network()
     with torch.no_grad():
-        network.updates[1].W_G1.fill_(1.0)
-        network.updates[1].W_G2.fill_(0.0)
+        network.updates[1].W_G2.zero_()  # so that its bias alone decides
+        network.updates[1].b_G2.zero_()
         network.injections[0].W_up.zero_()
     model.save_pretrained(folder)
     found = health(folder)
     assert found["loss"].endswith("1 spikes: 9.000 at step 30")
     assert (found["not finite"], found["untrained"]) == ("0 weights", "1 corrections: injections.0.W_up")
     assert "more than half" not in found["dead gates"], "a gate of 0.5 everywhere moves nothing, but is not shut"
-    weights = {name: value.detach() for name, value in network.updates[1].named_weights().items() if value is not None}
-    # Its W_G2 is zero, so the bias alone decides: sigmoid(-9) shuts it for every probe, sigmoid(9) opens it.
-    assert module.dead_share(network.config, weights | {"b_G2": torch.full((32,), -9.0)}) == 1.0
-    assert module.dead_share(network.config, weights | {"b_G2": torch.full((32,), 9.0)}) == 1.0
-    assert module.dead_share(network.config, weights) == 0.0
+    for bias in (-9.0, 9.0):  # sigmoid(-9) shuts the gate for every probe, sigmoid(9) opens it
+        network.updates[1].b_G2.data.fill_(bias)
+        model.save_pretrained(folder)
+        assert health(folder)["dead gates"].endswith("near 0 or 1 for every probe; more than half: updates 1 (100%)")
     monkeypatch.setattr("sys.argv", ["shadowpeft", "info", str(folder), "--health"])
     monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as stop:

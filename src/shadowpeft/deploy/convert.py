@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import CheckpointError, ConfigError
-from shadowpeft.files import new_folder
+from shadowpeft.files import new_folder, write_files
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model import exchange_authors as authors
 from shadowpeft.model import exchange_peft as peft
@@ -65,7 +65,7 @@ def convert_checkpoint(
         checkpoints.save_adapter(loaded, network, out, share_backbone=share_backbone)
         tokenizer = find_tokenizer(str(folder))
         if tokenizer is not None:
-            tokenizer.save_pretrained(out)
+            write_files(out, tokenizer.save_pretrained)
         return []
     write = authors.write_authors if to == "authors" else peft.write_peft
     return write(loaded, network, out).notes
@@ -153,5 +153,5 @@ def _convert_pretrained(folder: Path, out: Path, *, kind: str, to: str, base: st
     write_projected(str(folder), _base(base, None, folder), out)
     tokenizer = find_tokenizer(str(folder))
     if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+        write_files(out, tokenizer.save_pretrained)
     return []

@@ -89,6 +89,18 @@ def _check_sizes(shadow: PreTrainedConfig, row: Architecture) -> None:
         )
     if row.head_dim is None and shadow.hidden_size % heads:
         raise ConfigError(f"shadow width {shadow.hidden_size} is not a multiple of its {heads} heads")
+    _check_rotation(shadow, getattr(shadow, "head_dim", None) or shadow.hidden_size // heads)
+
+
+def _check_rotation(shadow: PreTrainedConfig, head_dim: int) -> None:
+    """Rotary position embeddings turn pairs of entries; some architectures rotate a part of each head."""
+    rope = getattr(shadow, "rope_parameters", None)
+    rotated = int(head_dim * rope.get("partial_rotary_factor", 1.0)) if rope else 0
+    if rotated % 2:
+        raise ConfigError(
+            f"the shadow's heads are {head_dim} wide and {rotated} entries of them are rotated, which must be an even "
+            "number: set another shadow_head_dim, or shadow_hidden_size and shadow_num_attention_heads"
+        )
 
 
 def build_backbone(

@@ -135,7 +135,9 @@ def load_adapter(
     tensors = read_tensors(folder / WEIGHTS_FILE, described[DIGEST])
     if SHARED_KEY in described:
         tensors |= shared.fetch(base, config, described[SHARED_KEY], str(folder))
-    check_sizes({"shadow": described["shadow"], "backbone": described["backbone"]}, base, tensors, folder / CONFIG_FILE)
+    # The backbone is built from its own config: the sizes an implicit shadow was asked to have are not read again.
+    steps = {"r": config.r, "update_hidden_size": config.update_hidden_size}
+    check_sizes({"shadow": steps, "backbone": described["backbone"]}, base, tensors, folder / CONFIG_FILE)
     network = _built(base, config, described["backbone"], folder / CONFIG_FILE)
     _fill(network, tensors, folder / WEIGHTS_FILE)
     return network

@@ -19,7 +19,8 @@ DIGEST = "weights_sha256"
 # Names of sizes in the configs of transformers' models and in ours; positions and windows make no weights of their size
 # where they do not also appear in the file.
 _SIZE_NAME = re.compile(r"(^|_)(r|size|dim|inner|embd|heads|layers?|layer|head|experts)$")
-_DEPTH_NAME = re.compile(r"(^|_)(layers?|layer)$")
+# Not max_window_layers, from which block on Qwen's windows begin: the base's number, in a shadow of one block.
+_DEPTH_NAME = re.compile(r"^(?!max_)(.*_)?layers?$")
 
 
 def weights_digest(tensors: dict[str, Tensor]) -> str:
@@ -65,7 +66,7 @@ def check_sizes(described: dict[str, dict], base: PreTrainedModel, tensors: dict
         for name, value in values.items():
             if not _SIZE_NAME.search(name) or not isinstance(value, int):
                 continue
-            limit = max(len(tensors), 1) if _DEPTH_NAME.search(name) else largest
+            limit = max(len(tensors), 1) if _DEPTH_NAME.match(name) else largest
             if value > limit:
                 raise CheckpointError(
                     f"{path}: {part} has {name}={value}, but the weights beside it allow {limit} at most; the file was "

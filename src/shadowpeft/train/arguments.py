@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
+from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.pretrain_config import PretrainConfig
 
@@ -30,9 +32,26 @@ def shared_arguments(config: TrainConfig | PretrainConfig, folder: Path, **own: 
         logging_first_step=True,
         save_steps=config.save_every,
         save_total_limit=2,
-        report_to=[] if config.report_to == "none" else config.report_to.split(","),
+        report_to=trackers(config.report_to),
         remove_unused_columns=False,
         disable_tqdm=True,
         dataloader_pin_memory=has_gpu,
         **own,
     )
+
+
+def trackers(names: str) -> list[str]:
+    """The trackers of a comma-separated list; ``none`` and ``all`` as in transformers.
+
+    Raises:
+        ConfigError: one that transformers does not know or that is not installed, which its Trainer would find too late.
+    """
+    chosen = [] if names == "none" else [name.strip() for name in names.split(",")]
+    installed = get_available_reporting_integrations()
+    for name in chosen:
+        if name not in installed and chosen != ["all"]:
+            raise ConfigError(
+                f"report_to={names!r} is not valid: {name!r} is unknown or not installed; choose none, all or some of "
+                f"those installed here: {', '.join(installed) or 'there are none'}"
+            )
+    return chosen

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from shadowpeft.files import write_files
+from shadowpeft.files import save_errors, write_files
 
 
 class ProgressLine(TrainerCallback):
@@ -44,6 +44,10 @@ class ProgressLine(TrainerCallback):
         self._progress.update(self._task, shown=shown)
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the terminal back. transformers ends no callback of a run that an error ended."""
         self._progress.stop()
 
 
@@ -63,7 +67,8 @@ class MetricLines(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
-        with self._path.open("a", encoding="utf-8") as lines:
+        what, way_out = f"could not write to {self._path}", "free some space, then go on with --resume"
+        with save_errors(what, way_out), self._path.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **(logs or {})}) + "\n")
 
 
@@ -81,6 +86,7 @@ class StopOnInterrupt(TrainerCallback):
 
     def __init__(self) -> None:
         self.stopped = False
+        self._previous: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._previous = signal.signal(signal.SIGINT, self._note)
@@ -94,4 +100,9 @@ class StopOnInterrupt(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        self.close()
+
+    def close(self) -> None:
+        """Ctrl-C means again what it meant before the run, also where an error ended it."""
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)

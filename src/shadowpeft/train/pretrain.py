@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,8 +152,8 @@ def _train(
     model = ProjectedShadow(base, network, config, own_head)
     arguments = training_arguments(config, folder)
     model.frozen_to(arguments.device)
-    stop = StopOnInterrupt()
     rows = config.batch_size * config.gradient_accumulation
+    stop, progress = StopOnInterrupt(), ProgressLine(console, tokens_per_step=config.length * rows)
     trainer = SafeTrainer(
         model,
         arguments,
@@ -166,15 +167,12 @@ def _train(
             buffer=config.shuffle_buffer,
         ),
         data_collator=default_data_collator,
-        callbacks=[
-            stop,
-            MetricLines(folder / "metrics.jsonl"),
-            ProgressLine(console, tokens_per_step=config.length * rows),
-        ],
+        callbacks=[stop, MetricLines(folder / "metrics.jsonl"), progress],
     )
     trainer.pop_callback(PrinterCallback)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with closing(stop), closing(progress):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     network.to(decoder_of(base).device).eval()
     return stop.stopped, losses, time.monotonic() - started, trainer.state.global_step

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,26 +178,23 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         _save_config(config, folder)
     tokens_per_row = sum(len(example["input_ids"]) for example in prepared.examples) / len(prepared.examples)
     rows = config.batch_size * config.gradient_accumulation * arguments.world_size
-    stop = StopOnInterrupt()
+    stop, progress = StopOnInterrupt(), ProgressLine(console, tokens_per_step=tokens_per_row * rows)
     trainer = make_trainer(
         prepared.model,
         prepared.tokenizer,
         prepared.examples,
         arguments,
-        callbacks=[
-            stop,
-            MetricLines(folder / "metrics.jsonl"),
-            ProgressLine(console, tokens_per_step=tokens_per_row * rows),
-        ],
+        callbacks=[stop, MetricLines(folder / "metrics.jsonl"), progress],
         shadow_lr_multiplier=config.shadow_lr_multiplier,
     )
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with closing(stop), closing(progress):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.monotonic() - started
     if not stop.stopped:
         trainer.save_adapter(folder / ADAPTER_FOLDER)
         if is_first:
-            prepared.tokenizer.save_pretrained(folder / ADAPTER_FOLDER)
+            write_files(folder / ADAPTER_FOLDER, prepared.tokenizer.save_pretrained)
     arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(

@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
-from shadowpeft.errors import ShadowPeftError
-from shadowpeft.files import STAGING_PREFIX, SaveError, put_in_place, sync_tree
+from shadowpeft.files import STAGING_PREFIX, put_in_place, save_errors, sync_tree
 from shadowpeft.train.finite import check_gradients, check_loss
 
 # Beside the checkpoints, so that moving one out of it is a rename.
 STAGING = f"{STAGING_PREFIX}checkpoint"
-
-
-def is_write_failure(error: RuntimeError) -> bool:
-    """Whether torch's own writer failed, which hides the reason of the system."""
-    return "inline_container" in str(error) or "PytorchStreamWriter" in str(error)
 
 
 class SafeTrainer(Trainer):
@@ -58,7 +52,9 @@ class SafeTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(super()._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
-        with self._clear_errors(), self._staged(folder / STAGING):
+        what = f"could not save the checkpoint of step {self.state.global_step} in {self.args.output_dir}"
+        way_out = "earlier checkpoints are complete. Free some space, then go on with --resume"
+        with save_errors(what, way_out), self._staged(folder / STAGING):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
@@ -100,16 +96,3 @@ class SafeTrainer(Trainer):
         if best is not None and Path(best).parent == staging:
             self.state.best_model_checkpoint = os.path.join(folder, Path(best).name)
             self.state.save_to_json(str(staging / Path(best).name / "trainer_state.json"))
-
-    @contextmanager
-    def _clear_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, ShadowPeftError) or not (isinstance(error, OSError) or is_write_failure(error)):
-                raise
-            reason = getattr(error, "strerror", None) or "the file could not be written"
-            raise SaveError(
-                f"could not save the checkpoint of step {self.state.global_step} in {self.args.output_dir}: {reason}; "
-                "earlier checkpoints are complete. Free some space, then go on with --resume"
-            ) from error
