@@ -14,7 +14,7 @@ from shadowpeft.core.head_loss import HeadLosses, LossSpec
 from shadowpeft.core.lean import lean_graph
 from shadowpeft.core.losses import combine, pool_last_token, sequence_classification_loss, shared_head_losses
 from shadowpeft.errors import AdapterError
-from shadowpeft.model.architectures import architecture_of, head_of
+from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.wrapper import ShadowModel
 
@@ -145,6 +145,28 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         if speculative is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         return DECODERS["speculative"](self, *args, speculative=speculative, **kwargs)
+
+    def last_hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool = False,
+        adapter: str | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The decoder's output, whose ``last_hidden_state`` [B, T, d] is what :meth:`lm_logits` reads; no head runs.
+
+        For losses that take the head into their own hands. Arguments as in :meth:`forward`.
+        """
+        inputs = dict(kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        inputs |= {"past_key_values": past_key_values, "use_cache": use_cache}
+        network = self._chosen(adapter)
+        if network is None:
+            return decoder_of(self.base)(**inputs)
+        with lean_graph():
+            return self._run_attached(network, **inputs)[0]
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """The base's frozen head, with whatever its architecture does to logits: [B, T, d] -> [B, T, V]."""
