@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import TrainConfig
