@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -53,7 +52,6 @@ def draw_curves(metrics: Path, picture: Path) -> None:
     """Loss and shadow loss against optimizer steps, from ``metrics.jsonl``, as a PNG."""
     entries = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     entries = [entry for entry in entries if "loss" in entry]
-    matplotlib.use("Agg")
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for name, label in (("main_loss", "attached"), ("shadow_loss", "shadow alone")):
@@ -61,7 +59,7 @@ def draw_curves(metrics: Path, picture: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats a token)")
+    axes.set_ylabel("loss (nats a label)")
     axes.set_yscale("log")
     axes.legend()
     figure.savefig(picture, dpi=120)

@@ -4,11 +4,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
 Entry = dict[str, Any]
 _MARKS = "osD^vPX*"
 
