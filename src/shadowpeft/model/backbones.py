@@ -21,7 +21,7 @@ def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedC
         ConfigError: a size is asked for that this architecture does not have, or sizes that do not fit together.
     """
     row = architecture_of(base)
-    shadow = copy.deepcopy(base)
+    shadow = unquantised(base)
     num_layers = config.shadow_num_hidden_layers
     shadow.num_hidden_layers = num_layers
     if config.shadow_layer_types == "full":
@@ -34,6 +34,16 @@ def implicit_config(base: PreTrainedConfig, config: ShadowConfig) -> PreTrainedC
         setattr(shadow, name, value)
     shadow.tie_word_embeddings = False
     _check_sizes(shadow, row)
+    return shadow
+
+
+def unquantised(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of a base's config for a shadow, whose weights are full: without how the base's are quantised.
+
+    transformers would otherwise read the detached folder as a quantised one.
+    """
+    shadow = copy.deepcopy(config)
+    shadow.__dict__.pop("quantization_config", None)
     return shadow
 
 

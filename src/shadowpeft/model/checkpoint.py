@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from shadowpeft.model.backbones import empty_backbone
 from shadowpeft.model.bases import load_model
 from shadowpeft.model.build import assemble_network, is_classifier
 from shadowpeft.model.card import model_card
-from shadowpeft.model.fingerprint import NUM_VALUES, differing_tensors, fingerprint
+from shadowpeft.model.fingerprint import NUM_VALUES, comparable_tensors, differing_tensors, fingerprint
 from shadowpeft.model.sharded import fill, is_sharded
 from shadowpeft.model.tensors import CONFIG_FILE, DIGEST, WEIGHTS_FILE, check_sizes, check_tensors, read_tensors, weights_digest
 
@@ -276,7 +277,14 @@ def _check_belongs(
                 f"the adapter in {folder} was trained on a base with {key}={expected.get(key)!r} "
                 f"({expected.get('name_or_path')!r}), but this base has {key}={found[key]!r}; load the right base"
             )
-    differing = differing_tensors(expected.get("fingerprint") or {}, base)
+    known = expected.get("fingerprint") or {}
+    if known and base.device.type != "meta" and not comparable_tensors(known, base):
+        warnings.warn(
+            f"all weights by which the adapter in {folder} knows its base are quantised here, so it is not checked whether "
+            f"this base is {expected.get('name_or_path')!r}",
+            stacklevel=2,
+        )
+    differing = differing_tensors(known, base)
     if differing and not allow_other_weights:
         raise CheckpointError(
             f"the base has the right shapes but other weights than the one the adapter in {folder} was trained on "

@@ -1,7 +1,5 @@
 """Blocks of the base itself as the shadow's first weights: ``base:first:2``, ``base:last:1``, ``base:spaced:3``."""
 
-import copy
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -9,7 +7,8 @@ from transformers import PreTrainedModel
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of
-from shadowpeft.model.backbones import build_backbone
+from shadowpeft.model.backbones import build_backbone, unquantised
+from shadowpeft.model.fingerprint import is_comparable
 
 
 def chosen_blocks(where: str, count: int, num_blocks: int) -> list[int]:
@@ -37,7 +36,7 @@ def truncated_backbone(base: PreTrainedModel, config: ShadowConfig) -> PreTraine
     assert config.truncation is not None
     decoder = decoder_of(base)
     indices = chosen_blocks(*config.truncation, len(blocks_of(decoder)))
-    shadow = copy.deepcopy(decoder.config)
+    shadow = unquantised(decoder.config)
     row = architecture_of(shadow)
     _check_movable(base, indices)
     shadow.num_hidden_layers = len(indices)
@@ -72,6 +71,22 @@ def _copy_weights(decoder: PreTrainedModel, backbone: PreTrainedModel, indices: 
         if name.startswith(prefix):
             index, rest = name.removeprefix(prefix).split(".", 1)
             theirs = f"{prefix}{indices[int(index)]}.{rest}"
-        taken[name] = source[theirs]
+        taken[name] = _full(source[theirs], theirs)
     if not any(tensor.is_meta for tensor in taken.values()):
         backbone.load_state_dict(taken)
+
+
+def _full(tensor: Tensor, name: str) -> Tensor:
+    """The weight itself, of torchao's quantised tensors what they stand for.
+
+    Raises:
+        ArchitectureError: it is quantised in a way that does not say what it stands for.
+    """
+    if is_comparable(tensor) or tensor.is_meta or tensor.dim() < 2:
+        return tensor
+    if type(tensor) is Tensor or not tensor.is_floating_point():
+        raise ArchitectureError(
+            f"{name} of the base is quantised as {tensor.dtype}, so a shadow cannot start from it; take the block from the "
+            "full base, or use shadow_model='implicit'"
+        )
+    return tensor.dequantize()
