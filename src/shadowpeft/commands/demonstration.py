@@ -8,12 +8,12 @@ from rich.console import Console
 from shadowpeft.commands.training import train
 from shadowpeft.train.config import TrainConfig
 
-# The main job in under four minutes on two cores; see LOG.md for what was tried.
+# The main job in about three minutes on two cores; see LOG.md for what was tried.
 DEMO = {
     "base": "embedded",
     "task": "robot",
     "output": "runs/demo",
-    "epochs": 2.7,
+    "epochs": 3.0,
     "learning_rate": 1.5e-3,
     "batch_size": 16,
     "max_length": 64,
