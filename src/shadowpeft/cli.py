@@ -20,7 +20,7 @@ from shadowpeft.core.config import PRESETS
 from shadowpeft.deploy import commands as deploying
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.train import pretrain as pretraining
-from shadowpeft.train.config import TrainConfig, merge, read_yaml
+from shadowpeft.train.config import TrainConfig, merge, read_yaml, split_settings
 from shadowpeft.train.pretrain_config import PretrainConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapt a frozen language model with a small shadow.")
@@ -64,12 +64,8 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
 def config_from(flags: dict[str, Any], file: Path | None = None, preset: str | None = None) -> TrainConfig:
     """The file's values, overridden by the flags that were given."""
     given = {name: value for name, value in flags.items() if value is not None}
-    shadow_names = {item.name for item in fields(ShadowConfig)}
-    overrides: dict[str, Any] = {name: value for name, value in given.items() if name not in shadow_names}
-    overrides["shadow"] = {name: value for name, value in given.items() if name in shadow_names}
-    if preset is not None:
-        overrides["shadow"]["preset"] = preset
-    return TrainConfig.from_dict(merge(read_yaml(file) if file else {}, overrides))
+    overrides, shadow = split_settings(given if preset is None else {**given, "preset": preset})
+    return TrainConfig.from_dict(merge(read_yaml(file) if file else {}, {**overrides, "shadow": shadow}))
 
 
 @app.command()

@@ -69,6 +69,17 @@ def write_files(folder: Path, write: Callable[[Path], object]) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if it is absent.
+
+    Raises:
+        ConfigError: it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; choose another output folder")
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
 def new_folder(path: Path | str) -> Path:
     """``path``, if it is empty or absent.
 
@@ -76,9 +87,7 @@ def new_folder(path: Path | str) -> Path:
         ConfigError: something is there already.
     """
     folder = Path(path)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; choose another output folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    if contents(folder):
         raise ConfigError(f"the output folder {folder} is not empty; choose another, or empty it")
     return folder
 

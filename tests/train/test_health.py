@@ -19,15 +19,6 @@ from shadowpeft.train.finite import NotFiniteError
 from shadowpeft.train.health import health, spikes
 from shadowpeft.train.run import train
 from shadowpeft.train.trainer import ShadowTrainer
-from workbench import write_base, write_intents
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    write_base(folder / "base")
-    write_intents(folder / "intents")
-    return folder
 
 
 def settings(bench, output):

@@ -15,17 +15,8 @@ from shadowpeft.train.checkpoints import check_run_folder, newest_checkpoint
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.run import train
 from shadowpeft.train.saving import STAGING
-from workbench import write_base, write_intents
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    write_base(folder / "base")
-    write_intents(folder / "intents")
-    return folder
 
 
 def settings(bench, output, **fields):

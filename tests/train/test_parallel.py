@@ -18,19 +18,10 @@ from shadowpeft.model.checkpoint import save_adapter
 from shadowpeft.train.checkpoints import newest_checkpoint
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.run import train
-from workbench import write_base, write_intents
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
 SHADOW = {"shadow_intermediate_size": 24, "shadow_dropout": 0.0}
 RUN = {"task": "intent", "limit_train": 16, "max_steps": 6, "log_every": 1, "save_every": 3}
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bench")
-    write_base(folder / "base")
-    write_intents(folder / "intents")
-    return folder
 
 
 def settings(bench, output, batch_size):

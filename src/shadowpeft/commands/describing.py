@@ -32,9 +32,10 @@ def info(adapter: str | None, console: Console, *, with_health: bool = False) ->
         for key, value in _installation().items():
             table.add_row(key, value)
     else:
-        for key, value in _description(checkpoints.find_folder(adapter)).items():
+        folder = checkpoints.find_folder(adapter)
+        for key, value in _description(folder).items():
             table.add_row(key, value)
-        for key, value in (health(checkpoints.find_folder(adapter)) if with_health else {}).items():
+        for key, value in (health(folder) if with_health else {}).items():
             table.add_row(f"health: {key}", value)
     console.print(table)
 

@@ -19,18 +19,15 @@ if TYPE_CHECKING:
 
 def step(network: "ShadowNetwork", block_index: int, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
     """``network.step`` for a network in evaluation mode while gradients are off; shapes and results as there."""
-    config = network.config
-    index = block_index - config.first_block
-    if index < 0:
+    if block_index < network.config.first_block:
         return h, s
-    if index > 0 and len(network.updates):
-        update: Update = network.updates[0 if config.share_steps else index - 1]  # type: ignore[assignment]
+    injection, update = network.parts(block_index)
+    if update is not None:
         norm = network.update_norm
         z = h
         if norm is not None:
             z = F.layer_norm(h.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
         s = advance(update, z, s)
-    injection: Injection = network.injections[0 if config.share_steps else index]  # type: ignore[assignment]
     return correct(injection, h, s), s
 
 

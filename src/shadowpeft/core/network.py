@@ -92,13 +92,9 @@ class ShadowNetwork(nn.Module):
         """
         if not (self.training or torch.is_grad_enabled()):
             return inference.step(self, block_index, h, s)
-        index = block_index - self.config.first_block
-        if index < 0:
+        if block_index < self.config.first_block:
             return h, s
-        injection: Injection = self.injections[0 if self.config.share_steps else index]  # type: ignore[assignment]
-        update: Update | None = None
-        if index > 0 and len(self.updates):
-            update = self.updates[0 if self.config.share_steps else index - 1]  # type: ignore[assignment]
+        injection, update = self.parts(block_index)
         needs_grad = torch.is_grad_enabled() and (h.requires_grad or s.requires_grad or injection.W_up.requires_grad)
         backend, _ = step_backend(
             self.config, device=h.device, dtype=h.dtype, training=injection.training, needs_grad=needs_grad
@@ -108,6 +104,15 @@ class ShadowNetwork(nn.Module):
         if update is not None:
             s = update(self._normed(h), s)
         return injection(h, s), s
+
+    def parts(self, block_index: int) -> tuple[Injection, Update | None]:
+        """What the step in front of a refined block is made of; the first one has no update."""
+        index = block_index - self.config.first_block
+        injection: Any = self.injections[0 if self.config.share_steps else index]
+        if index == 0 or not len(self.updates):
+            return injection, None
+        update: Any = self.updates[0 if self.config.share_steps else index - 1]
+        return injection, update
 
     def _spec(self, injection: Injection) -> StepSpec:
         eps = 1e-5 if self.update_norm is None else self.update_norm.eps

@@ -63,9 +63,7 @@ def convert_checkpoint(
     )
     if to == "shadowpeft":
         checkpoints.save_adapter(loaded, network, out, share_backbone=share_backbone)
-        tokenizer = find_tokenizer(str(folder))
-        if tokenizer is not None:
-            write_files(out, tokenizer.save_pretrained)
+        _copy_tokenizer(folder, out)
         return []
     write = authors.write_authors if to == "authors" else peft.write_peft
     return write(loaded, network, out).notes
@@ -151,7 +149,11 @@ def _convert_pretrained(folder: Path, out: Path, *, kind: str, to: str, base: st
     if kind == "projected":
         raise ConfigError(f"{folder} is in the authors' projected format already")
     write_projected(str(folder), _base(base, None, folder), out)
+    _copy_tokenizer(folder, out)
+    return []
+
+
+def _copy_tokenizer(folder: Path, out: Path) -> None:
     tokenizer = find_tokenizer(str(folder))
     if tokenizer is not None:
         write_files(out, tokenizer.save_pretrained)
-    return []

@@ -2,9 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.files import STAGING_PREFIX
+from shadowpeft.files import STAGING_PREFIX, contents, write_files
 from shadowpeft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
@@ -37,11 +40,15 @@ def check_run_folder(folder: Path, *, resume: bool, weights: tuple[str, ...] = A
     Raises:
         ConfigError: the folder holds something and ``resume`` is off, or there is no run to resume.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; choose another output folder")
-    is_used = folder.is_dir() and any(not path.name.startswith(STAGING_PREFIX) for path in folder.iterdir())
+    is_used = any(not path.name.startswith(STAGING_PREFIX) for path in contents(folder))
     if is_used and not resume:
         raise ConfigError(f"the output folder {folder} is not empty; choose another, or pass --resume to go on in it")
     if resume and not (folder / RUN_FILE).is_file():
         raise ConfigError(f"nothing to resume in {folder}: no run was started there; start without --resume")
     return newest_checkpoint(folder / "checkpoints", weights) if resume else None
+
+
+def write_run_file(folder: Path, settings: dict[str, Any]) -> None:
+    """Writes the file from which the same run can be started or, with ``--resume``, gone on with."""
+    text = yaml.safe_dump(settings, sort_keys=False)
+    write_files(folder, lambda staging: (staging / RUN_FILE).write_text(text, encoding="utf-8"))

@@ -121,6 +121,13 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
     return values
 
 
+def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings by bare names, as on a command line: (fields of ``TrainConfig``, fields of ``ShadowConfig`` and ``preset``)."""
+    names = {item.name for item in fields(ShadowConfig)} | {"preset"}
+    shadow = {name: value for name, value in settings.items() if name in names}
+    return {name: value for name, value in settings.items() if name not in names}, shadow
+
+
 def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """``values`` with those of ``overrides`` in their place; the adapter's fields are merged one by one."""
     merged = {**values, **{key: value for key, value in overrides.items() if key != "shadow"}}

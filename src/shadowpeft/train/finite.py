@@ -10,6 +10,10 @@ from shadowpeft.model.sharded import whole
 
 MOST_NAMES = 3
 MOST_IDS = 16
+WAY_OUT = (
+    "nothing was updated and the last checkpoint is kept. Look at that batch, lower learning_rate or clip, or use "
+    "float32 or bfloat16 for the base, then go on with --resume"
+)
 
 
 class NotFiniteError(ShadowPeftError, ArithmeticError):
@@ -39,12 +43,6 @@ def check_gradients(model: nn.Module, *, step: int, batches: int) -> None:
         f"the gradient norm is {norm.item()} in step {step} (batches 1 to {batches}): {len(broken)} of {len(gradients)} "
         f"weights have a gradient that is not finite{first}; {WAY_OUT}"
     )
-
-
-WAY_OUT = (
-    "nothing was updated and the last checkpoint is kept. Look at that batch, lower learning_rate or clip, or use "
-    "float32 or bfloat16 for the base, then go on with --resume"
-)
 
 
 def describe(inputs: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Pretraining a shadow: a small model behind the large one's frozen head (Eq. 11), saved so that it attaches."""
 
-import dataclasses
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import ConfigError
-from shadowpeft.files import remove_leftovers, write_files
+from shadowpeft.files import remove_leftovers
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer, location
 from shadowpeft.model.build import build_network
@@ -31,7 +29,7 @@ from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
 from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import RUN_FILE, check_run_folder
+from shadowpeft.train.checkpoints import check_run_folder, write_run_file
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.projected_shadow import ProjectedShadow
 from shadowpeft.train.saving import SafeTrainer
@@ -75,8 +73,7 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
         record |= {"initial_relative_residual": solved.relative_residual, "initial_rank": solved.rank}
         console.print(f"Eq. 12: relative residual {solved.relative_residual:.4f}, rank {solved.rank}")
     remove_leftovers(folder)
-    text = yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-    write_files(folder, lambda staging: _write_text(staging / RUN_FILE, text))
+    write_run_file(folder, config.to_dict())
     stopped, losses, seconds, steps = _train(config, base, network, tokenizer, small, folder, checkpoint, console)
     record |= {"steps": steps, "seconds": round(seconds, 1), "last_loss": losses[-1] if losses else None}
     if not stopped:
@@ -192,7 +189,3 @@ def _public(config: PretrainConfig) -> dict[str, Any]:
     """The settings without paths of this machine."""
     names = {name: Path(getattr(config, name)).name for name in ("base", "shadow", "data", "output")}
     return config.to_dict() | names
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
@@ -18,7 +17,7 @@ from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import RUN_FILE, check_run_folder
+from shadowpeft.train.checkpoints import check_run_folder, write_run_file
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import (
     AnswerCollator,
@@ -123,14 +122,13 @@ def training_arguments(config: TrainConfig, folder: Path) -> TrainingArguments:
     length: dict[str, Any] = {"num_train_epochs": config.epochs}
     if config.max_steps > 0:
         length = {"max_steps": config.max_steps}
-    # Every trained weight has a gradient in every step: several processes need not look for those without.
-    order = "group_by_length" if config.group_by_length else "random"
     return shared_arguments(
         config,
         folder,
         **length,
         **_checkpointing(config),
-        train_sampling_strategy=order,
+        train_sampling_strategy="group_by_length" if config.group_by_length else "random",
+        # Every trained weight has a gradient in every step, so several processes need not look for those without.
         ddp_find_unused_parameters=False,
     )
 
@@ -170,12 +168,13 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     console = console if console is not None and is_first else Console(quiet=True)
     checkpoint = check_run_folder(folder, resume=config.resume)
     prepared = prepare(config)
-    arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr] # all have looked at the folder before the first one writes to it
+    # All have looked at the folder before the first one writes to it.
+    arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
     if config.resume and checkpoint is None:
         console.print("there is no complete checkpoint yet: starting from the first step")
     if is_first:
         remove_leftovers(folder)
-        _save_config(config, folder)
+        write_run_file(folder, {**config.to_dict(), "resume": False})
     tokens_per_row = sum(len(example["input_ids"]) for example in prepared.examples) / len(prepared.examples)
     rows = config.batch_size * config.gradient_accumulation * arguments.world_size
     stop, progress = StopOnInterrupt(), ProgressLine(console, tokens_per_step=tokens_per_row * rows)
@@ -207,9 +206,3 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         num_processes=arguments.world_size,
         is_first=is_first,
     )
-
-
-def _save_config(config: TrainConfig, folder: Path) -> None:
-    """Writes the file from which the same run can be started or, with ``--resume``, gone on with."""
-    text = yaml.safe_dump({**config.to_dict(), "resume": False}, sort_keys=False)
-    write_files(folder, lambda staging: (staging / RUN_FILE).write_text(text, encoding="utf-8"))

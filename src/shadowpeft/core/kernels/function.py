@@ -31,9 +31,10 @@ class _Step(torch.autograd.Function):
         ctx.spec, ctx.backend, ctx.rng_state = spec, backend, out.rng_state
         s_out = None if out.s is None else out.s.view(s.shape)
         ctx.keeps_output = h.dtype in _SHARED_WITH_BLOCK
-        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, out.scale)
-        # The diagonal's part of the correction needs the new state; the following step keeps it anyway.
-        kept += (s_out if ctx.keeps_output and w.diagonal is not None else None,)
+        # To take the diagonal's part from h' again; the new state is kept by the following step anyway.
+        undoes_diagonal = ctx.keeps_output and w.diagonal is not None
+        injected = (s if s_out is None else s_out, out.scale) if undoes_diagonal else (None, None)
+        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, *injected)
         ctx.present = [tensor is not None for tensor in (*kept, *weights)]
         ctx.save_for_backward(*(tensor for tensor in (*kept, *weights) if tensor is not None))
         ctx.set_materialize_grads(False)
@@ -44,10 +45,10 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
         supply = iter(ctx.saved_tensors)
         saved: list[Any] = [next(supply) if there else None for there in ctx.present]
-        kept, s, bottleneck, scale, s_out, *weights = saved
+        kept, s, bottleneck, injected, scale, *weights = saved
         w = StepWeights(*weights)
         shape, width = kept.shape, kept.shape[-1]
-        s_out = None if w.diagonal is None else (s if s_out is None else s_out).reshape(-1, width)
+        injected = None if injected is None else injected.reshape(-1, width)
         kept, s = kept.reshape(-1, width), s.reshape(-1, width)
         grad_h = torch.zeros_like(kept) if grads[0] is None else grads[0].reshape(-1, width)
         grad_s = grads[1].reshape(-1, width) if len(grads) > 1 and grads[1] is not None else None
@@ -55,7 +56,7 @@ class _Step(torch.autograd.Function):
         with torch.autocast(kept.device.type, enabled=False):
             h = kept
             if ctx.keeps_output:
-                h = reference.without_correction(ctx.spec, kept, s_out, bottleneck, scale, w)
+                h = reference.without_correction(ctx.spec, kept, injected, bottleneck, scale, w)
             found = _implementation(ctx.backend).backward(
                 ctx.spec,
                 grad_h=grad_h,

@@ -71,15 +71,15 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
 
 
 def without_correction(
-    spec: StepSpec, h_out: Tensor, s_out: Tensor | None, bottleneck: Tensor, scale: Tensor | None, w: StepWeights
+    spec: StepSpec, h_out: Tensor, injected: Tensor | None, bottleneck: Tensor, scale: Tensor | None, w: StepWeights
 ) -> Tensor:
     """``h`` from the corrected ``h_out``: the same correction, subtracted. Exact but for the rounding of ``h_out``.
 
     Args:
-        s_out: the state that was injected, [N, d]; read only where there is a diagonal.
+        injected: the state that met ``h``, [N, d]; None where there is no diagonal.
         bottleneck, scale: what came out of :func:`forward`.
     """
-    scaled = h_out if s_out is None else _scaled(s_out, scale)
+    scaled = None if injected is None else _scaled(injected, scale)
     return inject(h_out, _lifted(bottleneck, scaled, w), -spec.alpha)
 
 
@@ -87,10 +87,13 @@ def _scaled(s: Tensor, scale: Tensor | None) -> Tensor:
     return s if scale is None else s * scale
 
 
-def _lifted(bottleneck: Tensor, scaled: Tensor, w: StepWeights) -> Tensor:
-    """Eq. 3 from its bottleneck on, and the diagonal's part, [N, d]."""
+def _lifted(bottleneck: Tensor, scaled: Tensor | None, w: StepWeights) -> Tensor:
+    """Eq. 3 from its bottleneck on, and the diagonal's part, [N, d]; ``scaled`` is read only where there is one."""
     lifted = bottleneck @ w.W_up
-    return lifted if w.diagonal is None else lifted.addcmul_(w.diagonal, scaled.to(lifted.dtype))
+    if w.diagonal is None:
+        return lifted
+    assert scaled is not None
+    return lifted.addcmul_(w.diagonal, scaled.to(lifted.dtype))
 
 
 def backward(

@@ -145,8 +145,9 @@ def _in_order(pieces: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _inputs(rows: Tensor, ids: Tensor, mask: Tensor) -> dict[str, Any]:
+    mask = mask[rows]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    return {"attention_mask": mask[rows], "position_ids": positions[rows], "use_cache": True}
+    return {"attention_mask": mask, "position_ids": positions, "use_cache": True}
 
 
 def _cache(caches: dict[str, Cache], name: str, config: PreTrainedConfig) -> Cache:

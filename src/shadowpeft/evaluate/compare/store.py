@@ -2,11 +2,9 @@
 
 import dataclasses
 import random
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import results
 from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base, solve, target_of
@@ -99,10 +97,3 @@ class Store:
         if found is None or found["status"] != "done":
             raise ConfigError(f"the search {needed[0]} is not done; run it first, or --retry-failed")
         return found["chosen"]
-
-
-def split_setting(setting: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(fields of ``TrainConfig``, fields of ``ShadowConfig``) of a search's setting."""
-    names = {item.name for item in fields(ShadowConfig)} | {"preset"}
-    shadow = {name: value for name, value in setting.items() if name in names}
-    return {name: value for name, value in setting.items() if name not in names}, shadow

@@ -11,10 +11,10 @@ from shadowpeft.evaluate.compare.budget import Sized
 from shadowpeft.evaluate.compare.fit import fit, num_steps
 from shadowpeft.evaluate.compare.methods import check_size, put_on
 from shadowpeft.evaluate.compare.plan import Cell
-from shadowpeft.evaluate.compare.store import Store, split_setting
+from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.model.bases import load_model, load_tokenizer
-from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.config import TrainConfig, split_settings
 from shadowpeft.train.data import encode_classification, encode_generation
 
 Payload = dict[str, Any]
@@ -36,7 +36,7 @@ class Fitted:
 def train_method(cell: Cell, store: Store, setting: Payload, *, seed: int, share: float = 1.0) -> Fitted:
     """The cell's method on a fresh base, trained for ``share`` of the full run's steps."""
     recipe, task = store.recipe, store.task(cell.task)
-    train_changes, shadow_changes = split_setting(setting)
+    train_changes, shadow_changes = split_settings(setting)
     config = recipe.train_config(cell.base, cell.task, cell.method, seed=seed, **train_changes)
     labels = store.labels(cell.task)
     sized = store.size(cell, None if labels is None else len(labels))
