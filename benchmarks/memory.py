@@ -10,6 +10,7 @@ set on a CPU (with base, libraries and gradients), allocated bytes on a GPU.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -133,23 +134,20 @@ def main() -> None:
     if options.tiny:
         options.shape, options.vocabulary, options.labels, options.dropout = "tiny", [512], ["answers"], ["default"]
     dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
-    rows = []
-    for vocabulary in options.vocabulary:
-        for labels in options.labels:
-            for dropout in options.dropout:
-                settings = {
-                    "shape": options.shape,
-                    "vocabulary": vocabulary,
-                    "labels": labels,
-                    "dropout": None if dropout == "default" else float(dropout),
-                    "device": options.device,
-                    "dtype": dtype,
-                }
-                rows += compare(settings)
-    print(table(rows))
-    payload = {"benchmark": "memory", "rows": rows}
-    if options.out is not None:
-        write_record(options.out, payload)
+    payload: dict[str, Any] = {"benchmark": "memory", "rows": []}
+    for vocabulary, labels, dropout in itertools.product(options.vocabulary, options.labels, options.dropout):
+        settings = {
+            "shape": options.shape,
+            "vocabulary": vocabulary,
+            "labels": labels,
+            "dropout": None if dropout == "default" else float(dropout),
+            "device": options.device,
+            "dtype": dtype,
+        }
+        payload["rows"] += compare(settings)
+        if options.out is not None:
+            write_record(options.out, payload)  # after every setting: a later failure loses nothing
+    print(table(payload["rows"]))
     print(json.dumps({**payload, "origin": origin()}))
 
 

@@ -13,6 +13,7 @@ labelled position, and those of causal attention; what a method computes beyond 
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -160,19 +161,13 @@ def main() -> None:
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    rows = [
-        row
-        for vocabulary in options.vocabulary
-        for labels in options.labels
-        for dropout in options.dropout
-        for row in compare(
-            options, vocabulary=vocabulary, labels=labels, dropout=None if dropout == "default" else float(dropout)
-        )
-    ]
-    print(table(rows))
-    payload = {"benchmark": "train_step", "num_threads": torch.get_num_threads(), "rows": rows}
-    if options.out is not None:
-        write_record(options.out, payload)
+    payload: dict[str, Any] = {"benchmark": "train_step", "num_threads": torch.get_num_threads(), "rows": []}
+    for vocabulary, labels, dropout in itertools.product(options.vocabulary, options.labels, options.dropout):
+        given = None if dropout == "default" else float(dropout)
+        payload["rows"] += compare(options, vocabulary=vocabulary, labels=labels, dropout=given)
+        if options.out is not None:
+            write_record(options.out, payload)  # after every setting: a later failure loses nothing
+    print(table(payload["rows"]))
     print(json.dumps({**payload, "origin": origin()}))
 
 

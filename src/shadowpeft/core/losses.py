@@ -144,9 +144,21 @@ def pool_last_token(hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
     """[B, T, d] -> [B, d]: the state of the last token that is not padding, whichever side is padded."""
     if attention_mask is None:
         return hidden[:, -1]
-    positions = torch.arange(attention_mask.shape[-1], device=hidden.device)
-    last = (attention_mask.to(hidden.device).ne(0) * positions).argmax(-1)
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+    return hidden[torch.arange(hidden.shape[0], device=hidden.device), _last_position(attention_mask.to(hidden.device))]
+
+
+def _last_position(attention_mask: Tensor) -> Tensor:
+    positions = torch.arange(attention_mask.shape[-1], device=attention_mask.device)
+    return (attention_mask.ne(0) * positions).argmax(-1)
+
+
+def last_token(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """[B, T], bool: the position of every row that :func:`pool_last_token` reads, for ids [B, T] or embeddings [B, T, d]."""
+    chosen = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+    if attention_mask is None:
+        chosen[:, -1] = True
+        return chosen
+    return chosen.scatter_(1, _last_position(attention_mask.to(tokens.device)).unsqueeze(1), True)
 
 
 def label_count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:

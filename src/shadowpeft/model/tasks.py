@@ -1,6 +1,7 @@
 """The two task models: causal language modelling and sequence classification."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,16 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.head_loss import HeadLosses, LossSpec
+from shadowpeft.core.head_loss import IGNORE, HeadLosses, LossSpec
 from shadowpeft.core.lean import lean_graph
-from shadowpeft.core.losses import combine, pool_last_token, sequence_classification_loss, shared_head_losses
+from shadowpeft.core.losses import (
+    combine,
+    last_token,
+    next_token_labels,
+    pool_last_token,
+    sequence_classification_loss,
+    shared_head_losses,
+)
 from shadowpeft.errors import AdapterError
 from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
 from shadowpeft.model.build import is_classifier
@@ -104,11 +112,14 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             if labels is not None:
                 inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
             return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
-        with lean_graph():
-            output, initial = self._run_attached(network, use_cache=self._default_use_cache(use_cache, labels), **inputs)
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if output_logits is None:
             output_logits = labels is None or not self.training
+        last_block = nullcontext()
+        if labels is not None and not output_logits:
+            last_block = self._last_block_at(next_token_labels(labels) != IGNORE, kwargs)
+        with lean_graph(), last_block:
+            output, initial = self._run_attached(network, use_cache=self._default_use_cache(use_cache, labels), **inputs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = output.last_hidden_state
         losses = None
         if labels is not None:
@@ -226,9 +237,12 @@ class ShadowModelForSequenceClassification(ShadowModel):
         network = self._chosen(adapter)
         if network is None:
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
-        with lean_graph():
-            output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
         mask = self._padding_mask(input_ids, attention_mask)
+        given, last_block = input_ids if inputs_embeds is None else inputs_embeds, nullcontext()
+        if labels is not None and given is not None:
+            last_block = self._last_block_at(last_token(given, mask), kwargs)
+        with lean_graph(), last_block:
+            output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
         assert network.head is not None and network.shadow_head is not None
         dtype = network.head.weight.dtype
         logits = network.head(pool_last_token(output.last_hidden_state, mask).to(dtype))

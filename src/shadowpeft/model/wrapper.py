@@ -1,20 +1,25 @@
 """The models that users hold: a base with its adapters, which can be saved, loaded, detached and run."""
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shadowpeft.core import ShadowNetwork, ShadowRun
+from shadowpeft.core.needed_rows import only_rows, row_wise_weights
 from shadowpeft.model import checkpoint, detach
 from shadowpeft.model.adapters import AdaptedModel
-from shadowpeft.model.architectures import decoder_of
+from shadowpeft.model.architectures import blocks_of, decoder_of
 from shadowpeft.model.cache import shadow_view
 from shadowpeft.model.sharded import gathered_state
 
 # Asked of the base alone: the shadow has its own blocks, whose attention maps nobody ordered.
-_BASE_ONLY = ("output_attentions", "output_hidden_states", "output_router_logits", "return_dict")
+_REPORTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+_BASE_ONLY = (*_REPORTS, "return_dict")
 
 
 class ShadowModel(AdaptedModel):
@@ -167,6 +172,19 @@ class ShadowModel(AdaptedModel):
             **kwargs,
         )
         return output, initial
+
+    def _last_block_at(self, needed: Tensor, options: dict[str, Any]) -> AbstractContextManager[None]:
+        """For a training pass of which only the last hidden states where ``needed`` [B, T] is true are read.
+
+        ``options``: of the call. Does nothing where more than those is asked for, without gradients, inside
+        torch.compile, and where the last block is computed again in the backward pass, which is outside of this.
+        """
+        reports = any(options.get(name, getattr(self.config, name, False)) for name in _REPORTS)
+        block = blocks_of(decoder_of(self.base))[-1]
+        once = isinstance(block, GradientCheckpointingLayer) and not block.gradient_checkpointing
+        if reports or not once or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return nullcontext()
+        return only_rows(row_wise_weights(block), needed)
 
     def _initial_state(
         self,
