@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.core.head_loss import LossSpec
 from shadowpeft.core.losses import shared_head_losses
+from shadowpeft.model.bases import EMBEDDED, load_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_LINEAR = [*ATTENTION, "gate_proj", "up_proj", "down_proj"]
@@ -26,7 +27,7 @@ IGNORE = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """One base (Qwen3) and one batch."""
+    """One base (Qwen3, but for the embedded one) and one batch. ``vocabulary``: the only one it has, if it has one."""
 
     name: str
     width: int
@@ -39,6 +40,7 @@ class Shape:
     length: int
     shadow_heads: int | None = None
     update_hidden: int = 10
+    vocabulary: int | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -50,10 +52,14 @@ _TINY = {"width": 64, "num_blocks": 4, "num_heads": 4, "num_kv_heads": 2, "head_
 _SMALL = {"width": 1024, "num_heads": 16, "mlp_width": 3072}
 _LARGE = {"num_blocks": 36, "num_heads": 32, "update_hidden": 8}
 _LONG = {"rows": 2, "length": 2048}
+# As in src/shadowpeft/assets/base/config.json.
+_EMBEDDED = {"width": 256, "num_blocks": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "mlp_width": 512}
 SHAPES = {
     shape.name: shape
     for shape in (
         Shape(name="tiny", rows=2, length=32, **_TINY),
+        # The embedded base itself, and the demonstration's batch.
+        Shape(name="embedded", rows=16, length=64, shadow_heads=2, vocabulary=4096, **_EMBEDDED),
         Shape(name="12x1024", num_blocks=12, rows=4, length=256, **_SMALL, **_QWEN3),
         Shape(name="0.6B", num_blocks=28, **_SMALL, **_LONG, **_QWEN3),
         Shape(name="4B", width=2560, mlp_width=9728, shadow_heads=16, **_LARGE, **_LONG, **_QWEN3),
@@ -63,7 +69,9 @@ SHAPES = {
 
 
 def make_base(shape: Shape, *, vocabulary: int, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    """A seeded random base."""
+    """A seeded random base, or the embedded one."""
+    if shape.name == EMBEDDED:
+        return load_model(EMBEDDED, dtype=dtype, attn_implementation="sdpa").requires_grad_(False).to(device)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -191,6 +199,8 @@ ROWS: dict[str, Callable[[PreTrainedModel, Shape, int, float | None], nn.Module]
     "authors' Shadow": _authors_shadow,
     "ours": _ours,
 }
+# Behind the name of a row: the same under torch.compile.
+COMPILED = ", compiled"
 # What each row needs installed, beyond this package.
 PACKAGES = {name: "peft" for name in ROWS if "LoRA" in name or "DoRA" in name or name == "HF Shadow"}
 PACKAGES["authors' Shadow"] = "shadow_peft"
@@ -208,13 +218,17 @@ def build(name: str, base: PreTrainedModel, shape: Shape, *, dropout: float | No
     torch.manual_seed(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = ROWS[name](twin(base), shape, budget_of(base, shape), dropout)
-    return model.to(device).train()
+        model = ROWS[name.removesuffix(COMPILED)](twin(base), shape, budget_of(base, shape), dropout)
+    model.to(device).train()
+    if name.endswith(COMPILED):
+        model.compile(fullgraph=True)
+    return model
 
 
 @torch.no_grad()
 def main_loss(name: str, model: nn.Module, batch: dict[str, Tensor]) -> float:
     """The loss of the base's path alone, without dropout."""
+    name = name.removesuffix(COMPILED)
     model.eval()
     if name == "authors' Shadow":
         weight, model.shadow_loss_weight = model.shadow_loss_weight, 0.0

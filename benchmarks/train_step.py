@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rows import (
+    COMPILED,
     IGNORE,
     PACKAGES,
     ROWS,
@@ -88,7 +89,9 @@ def compare(
     shape, device, dtype = SHAPES[options.shape], options.device, getattr(torch, options.dtype)
     base = make_base(shape, vocabulary=vocabulary, dtype=dtype, device=device)
     batch = make_batch(shape, vocabulary=vocabulary, labels=labels, device=device)
-    names = [name for name in options.rows or ROWS if name not in PACKAGES or find_spec(PACKAGES[name])]
+    chosen = options.rows or ROWS
+    needed = {name: PACKAGES.get(name.removesuffix(COMPILED)) for name in chosen}
+    names = [name for name, package in needed.items() if package is None or find_spec(package)]
     models = {name: build(name, base, shape, dropout=dropout, device=device) for name in names}
     check_start({name: main_loss(name, model, batch) for name, model in models.items()}, dtype=dtype)
     for model in models.values():
@@ -97,7 +100,7 @@ def compare(
     for _ in range(options.rounds):
         for name, model in models.items():
             times[name].append(seconds_of(lambda model=model: step(model, batch), device))
-    rate, needed = ceiling(device, dtype), needed_operations(shape, batch, vocabulary)
+    rate, operations = ceiling(device, dtype), needed_operations(shape, batch, vocabulary)
     return [
         {
             "shape": shape.name,
@@ -110,7 +113,7 @@ def compare(
             "seconds": statistics.median(times[name]),
             "rounds": times[name],
             "tokens_per_second": shape.num_tokens / statistics.median(times[name]),
-            "share_of_ceiling": needed / rate / statistics.median(times[name]),
+            "share_of_ceiling": operations / rate / statistics.median(times[name]),
             "ratios": {
                 other: statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
                 for other in ("base with gradients", "LoRA all linear", "HF Shadow")
@@ -141,10 +144,12 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="seconds, for CI: figures mean nothing")
     parser.add_argument("--shape", choices=SHAPES, default="12x1024")
-    parser.add_argument("--vocabulary", type=int, nargs="+", default=[32_000])
+    parser.add_argument("--vocabulary", type=int, nargs="+", help="[default: 32000, or the shape's own]")
     parser.add_argument("--labels", nargs="+", choices=["answers", "all"], default=["answers", "all"])
     parser.add_argument("--dropout", nargs="+", default=["default", "0"], help="'default' (each method's) or a number")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these")
+    with_compiled = [*ROWS, *(name + COMPILED for name in ROWS)]
+    parser.add_argument("--rows", nargs="+", choices=with_compiled, help="only these")
+
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -158,6 +163,8 @@ def main() -> None:
     if options.tiny:
         options.shape, options.vocabulary, options.labels, options.dropout = "tiny", [512], ["answers"], ["default"]
         options.rounds = 2
+    own = SHAPES[options.shape].vocabulary
+    options.vocabulary = [own] if own else options.vocabulary or [32_000]
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
