@@ -93,7 +93,9 @@ def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[s
         "edge_is_exported": is_exported(str(edge_folder)),
         "systems": systems,
         "routers": routers_on_test(scores, right["edge only"], right[ATTACHED]),
-        "scope_detection": scope_detection(scores, cloud_logprobs, out),
+        "scope_detection": scope_detection(
+            scores, [row[0] for row in cloud_logprobs], [sum(row) for row in cloud_logprobs], out
+        ),
     }
 
 
