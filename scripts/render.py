@@ -85,8 +85,53 @@ def decode_table(name: str) -> str:
     return "\n".join(rows)
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}"
+def system_table() -> str:
+    columns = ("task", "system", "accuracy", "95% interval", "in scope", "escalated", "in scope", "mean ms", "p50", "p95",
+               "p99", "requests/s", "total s", "time / attached", "time / LoRA", "KiB up", "KiB down")  # fmt: skip
+    rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for task, report in result("system")["tasks"].items():
+        for name, one in report["replayed"]["systems"].items():
+            low, high = one["accuracy_interval"]
+            shares = (percent(one[key]) for key in ("accuracy_in_scope", "escalated", "escalated_in_scope"))
+            times = (f"{one['latency_ms'][key]:.0f}" for key in ("mean", "p50", "p95", "p99"))
+            against = (f"{one['time_against'][other]:.2f}" for other in ("attached", "LoRA, merged"))
+            sent = one["link_bytes"] or {"up": 0, "down": 0}
+            cells = (task, name, percent(one["accuracy"]), f"{percent(low)} - {percent(high)}", *shares, *times,
+                     f"{one['requests_per_second']:.1f}", f"{one['seconds']:.1f}", *against,
+                     *(f"{sent[way] / 1024:.1f}" for way in ("up", "down")))  # fmt: skip
+            rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def routers_table() -> str:
+    """Confidence scores by what they are worth: ``-`` where a task has no row out of scope, or a line no score."""
+    rows = ["| task | confidence | area under the deferral curve | AUROC right/wrong | AUROC in/out of scope |",
+            "|---|---|---:|---:|---:|"]  # fmt: skip
+    for task, report in result("system")["tasks"].items():
+        found, scope = report["scored"]["routers"], report["scored"]["scope_detection"]
+        for name, one in sorted(found.items(), key=lambda item: -item[1]["area"]):
+            mark = " (the router's)" if name == report["router"]["score"] else ""
+            numbers = (one["area"], one.get("auroc_right"), scope.get(f"edge {name}"))
+            rows.append(f"| {task} | {name}{mark} | {' | '.join(map(three_digits, numbers))} |")
+        for name in [name for name in scope if name.startswith("attached ")]:
+            rows.append(f"| {task} | {name} | - | - | {three_digits(scope[name])} |")
+    return "\n".join(rows)
+
+
+def once_measured(name: str, table: Callable[[], str], command: str) -> str:
+    """The table, or the command that makes its file."""
+    return table() if (ROOT / "results" / f"{name}.json").is_file() else f"Not measured yet: `{command}`."
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def three_digits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+SYSTEM_STUDY = "python recipes/system_study.py --data FOLDER"
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -96,6 +141,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-12x1024": partial(decode_table, "decode-12x1024"),
     "decode-e2e": partial(decode_table, "decode-e2e"),
     "tasks": tasks_table,
+    "system": partial(once_measured, "system", system_table, SYSTEM_STUDY),
+    "routers": partial(once_measured, "system", routers_table, SYSTEM_STUDY),
     "base": base_table,
 }
 

@@ -24,6 +24,9 @@ MaxShare = Annotated[float | None, typer.Option(help="send at most this share of
 MinAccuracy = Annotated[float | None, typer.Option(help="reach this accuracy on the validation rows, as cheaply as possible")]
 TaskName = Annotated[str, typer.Option(help="task name; see `shadowpeft info`")]
 Extra = Annotated[list[Path] | None, typer.Option(help="file of further rows, such as requests out of scope")]
+EdgeModel = Annotated[
+    str | None, typer.Option(help="what the device runs: a detached or exported folder [default: the adapter, detached]")
+]
 Limit = Annotated[int | None, typer.Option(help="use at most this many rows")]
 
 
@@ -140,6 +143,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         extra_rows: Extra = None,
         limit: Limit = None,
         base: Base = None,
+        edge: EdgeModel = None,
         score: Annotated[str | None, typer.Option(help="confidence score [default: the best on these rows]")] = None,
         kind: Annotated[str, typer.Option(help="temperature or isotonic")] = "temperature",
         max_cloud_share: MaxShare = None,
@@ -158,6 +162,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             extra_rows=extra_rows or [],
             limit=limit,
             base=base,
+            edge=edge,
             score=score,
             kind=kind,
             max_cloud_share=max_cloud_share,
@@ -177,6 +182,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         extra_rows: Extra = None,
         limit: Limit = None,
         base: Base = None,
+        edge: EdgeModel = None,
         lora: Annotated[str | None, typer.Option(help="peft adapter of the same base, for comparison")] = None,
         round_trip_ms: Annotated[float, typer.Option(help="of the link in front of the cloud")] = 50.0,
         megabits: Annotated[float | None, typer.Option(help="a second on that link [default: unlimited]")] = None,
@@ -192,6 +198,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             router=router,
             output=output,
             base=base,
+            edge=edge,
             lora=lora,
             round_trip_ms=round_trip_ms,
             megabits=megabits,

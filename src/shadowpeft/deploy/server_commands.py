@@ -1,5 +1,6 @@
 """What the verbs of this layer do: serve, edge, calibrate, system-eval."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def calibrate(
     extra_rows: list[Path],
     limit: int | None,
     base: str | None,
+    edge: str | None,
     score: str | None,
     kind: str,
     max_cloud_share: float | None,
@@ -148,8 +150,10 @@ def calibrate(
     rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
     skills = skills_of(chosen, load_rows(chosen, "train", source=source))
     loaded = load_served([f"edge={adapter}"], base=base, allow_other_weights=allow_other_weights)
+    device = None if edge is None else load_edge(edge).model
+    ask = partial(observe, loaded.model, loaded.tokenizer, chosen, rows, adapter="edge", skills=skills, edge=device)
     with console.status(f"asking both sides {len(rows)} rows"):
-        observed = observe(loaded.model, loaded.tokenizer, chosen, rows, adapter="edge", skills=skills, batch_size=batch_size)
+        observed = ask(batch_size=batch_size)
     router = fit_router(
         observed.examples,
         score=score,

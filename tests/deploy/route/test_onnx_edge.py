@@ -81,7 +81,7 @@ def test_rows_of_all_lengths_that_join_late_get_the_torch_models_greedy_answer(f
 
 def ask(address, **changes):
     asked = {"model": "edge", "messages": [{"role": "user", "content": "Sit"}], "max_tokens": 8}
-    answer = httpx.post(f"{address}/v1/chat/completions", json=asked | changes, timeout=30)
+    answer = httpx.post(f"{address}/v1/chat/completions", json=asked | changes, timeout=150)
     assert answer.status_code == 200, answer.text
     return answer.json()
 
@@ -89,7 +89,8 @@ def ask(address, **changes):
 def test_it_keeps_escalates_and_degrades_as_the_torch_edge_does(folders):
     def edge(place, threshold, url=None):
         local = edge_service(load_edge(str(place)), Settings(temperature=0.0))
-        settings = CloudSettings(url=url or f"http://127.0.0.1:{free_port()}", model="robot", max_attempts=1)
+        place = url or f"http://127.0.0.1:{free_port()}"
+        settings = CloudSettings(url=place, model="robot", max_attempts=1, total_seconds=120.0)
         cloud = Cloud(settings, local.metrics, breaker=CircuitBreaker(max_failures=50))
         return create_app(EdgeService(local, router(threshold), cloud))
 

@@ -95,6 +95,21 @@ def test_a_router_is_the_same_after_a_round_trip_and_takes_a_new_target(tmp_path
     assert "text" not in json.loads((tmp_path / "router.json").read_text())["examples"][0]
 
 
+def test_the_live_curve_counts_each_side_with_its_probability_of_being_right():
+    rows = [example(-0.1, 1.0, 1.0), example(-1.0, 0.0, 1.0), example(-2.0, 0.0, 0.0)]
+    router = fit_router(rows, score="margin")
+    cloud = router.cloud_calibration()
+    sure, unsure, lost = (router.confidence(row.scores) for row in rows)
+    assert [cloud.probability(value) for value in (lost, unsure, sure)] == [0, 1, 1]
+    assert router.live([], cloud) == {"curve": [], "point": None}
+    # The sure one stays; of the two that go the cloud gets one; the grammar sends the last one, however sure.
+    live = router.live([(sure, False), (unsure, False), (lost, False), (sure, True)], cloud)
+    assert unsure < router.point.threshold <= sure
+    assert live["point"] == pytest.approx({"share": 3 / 4, "accuracy": (sure + 1 + 0 + 1) / 4})
+    assert [point["share"] for point in live["curve"]] == [0.25, 0.5, 0.75, 1]
+    assert live["curve"][0]["accuracy"] == pytest.approx((sure + unsure + lost + 1) / 4)
+
+
 def test_the_score_that_tells_right_from_wrong_best_is_taken():
     rows = [
         replace(example(-0.5, float(i < 3)), scores={**dict.fromkeys(SCORES, -0.5), "entropy": -0.1 * i})

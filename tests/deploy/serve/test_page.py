@@ -47,7 +47,16 @@ def test_a_chat_by_keyboard_shows_who_answered_how_surely_and_the_threshold_on_t
         page.wait_for_selector("article.edge small:last-child")
         said = page.inner_text("article.edge")
         assert "Sit down" in said and "confidence" in said and " ms" in said
-        page.wait_for_selector("#live", state="attached")
+        # The curve is live: it is drawn anew behind every answer, with the threshold's place on it.
+        page.wait_for_function("document.getElementById('point').textContent.includes('of 1 escalated')")
+        first = page.get_attribute("#live", "points")
+        for text in ("Stand up", "Turn around", "x"):
+            page.keyboard.type(text)
+            page.keyboard.press("Enter")
+            page.wait_for_function(f"document.getElementById('log').children[0].innerText.includes('{text}')")
+            page.wait_for_selector("article:first-child small:last-child:not(:empty)")
+        page.wait_for_function("document.getElementById('point').textContent.includes('of 4 escalated')")
+        assert len(service.recent) == 4 and page.get_attribute("#live", "points") != first
         assert "nothing leaves the device" in page.inner_text("#point") and not faults
         browser.close()
 

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from deploy.running import held_steps
 from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.deploy.serve import batch as batches
 from shadowpeft.deploy.serve.batch import Batch
@@ -116,7 +117,7 @@ def collect(scheduler, wanted):
     return row, heard
 
 
-def all_of(heard, timeout=30):
+def all_of(heard, timeout=120):
     events = []
     while not events or isinstance(events[-1], Piece):
         events.append(heard.get(timeout=timeout))
@@ -148,24 +149,26 @@ def test_requests_from_many_threads_at_random_times_are_not_mixed(scheduler):
         assert tokens_of(heard[i]) == reference(model, wanted)
 
 
-def test_one_answer_too_many_is_refused_and_the_rest_is_served():
+def test_one_answer_too_many_is_refused_and_the_rest_is_served(monkeypatch):
     made = Scheduler(shadow_model(), TOKENIZER, Metrics(), max_batch=1, max_waiting=2)
     first, refused = [], 0
-    for i in range(8):
-        try:
-            first.append(collect(made, job("base", 3, i, max_tokens=40)))
-        except ApiError as error:
-            assert error.status == 429 and error.retry_after
-            refused += 1
+    with held_steps(monkeypatch):  # so that no place becomes free meanwhile
+        for i in range(8):
+            try:
+                first.append(collect(made, job("base", 3, i, max_tokens=40)))
+            except ApiError as error:
+                assert error.status == 429 and error.retry_after
+                refused += 1
     assert refused >= 5 and made._metrics.value("refused_total") == refused
     assert all(isinstance(all_of(heard)[-1], End) for _, heard in first)
     made.close(30)
 
 
-def test_a_cancelled_answer_leaves_the_batch(scheduler):
-    row, heard = collect(scheduler, job("robot", 3, 0, max_tokens=200))
-    heard.get(timeout=30)
-    scheduler.cancel([row])
+def test_a_cancelled_answer_leaves_the_batch(scheduler, monkeypatch):
+    with held_steps(monkeypatch):
+        row, heard = collect(scheduler, job("robot", 3, 0, max_tokens=200))
+        heard.get(timeout=120)
+        scheduler.cancel([row])
     assert isinstance(all_of(collect(scheduler, job("base", 3, 1))[1])[-1], End)
     assert not any(isinstance(event, End) for event in list(heard.queue))
     assert scheduler._metrics.value("cancelled_total") == 1 and row.num_tokens < 200

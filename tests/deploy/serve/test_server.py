@@ -3,7 +3,6 @@
 import json
 import socket
 import threading
-import time
 
 import httpx
 import openai
@@ -11,11 +10,11 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.running import running
+from deploy.running import held_steps, running, wait_until
 from deploy.tiny import byte_tokenizer, shadow_model
-from shadowpeft.deploy.serve import batch, speculation
 from shadowpeft.deploy.serve.app import create_app
 from shadowpeft.deploy.serve.catalogue import catalogue
+from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.service import LocalService, Settings
 
 TOKENIZER = byte_tokenizer()
@@ -36,7 +35,7 @@ def service():
 
 @pytest.fixture(scope="module")
 def address(service):
-    with running(create_app(service, api_key=KEY, max_bytes=20_000, body_seconds=1.0)) as url:
+    with running(create_app(service, api_key=KEY, max_bytes=20_000)) as url:
         yield url
 
 
@@ -150,22 +149,38 @@ def test_an_answer_ends_in_front_of_a_stop_sequence(client):
         assert text == whole[: whole.index(stop)] and reason == "stop"
 
 
-def test_answers_that_are_asked_for_together_are_decoded_together(service, client):
-    before = service.metrics.value("batch_rows_bucket", le="1.0"), service.metrics.value("batch_rows_count")
+def counted_submissions(monkeypatch):
+    """A list that grows with every request that reaches a scheduler."""
+    submitted, submit = [], Scheduler.submit
+
+    def counting(scheduler, jobs, emits):
+        rows = submit(scheduler, jobs, emits)
+        submitted.append(rows)
+        return rows
+
+    monkeypatch.setattr(Scheduler, "submit", counting)
+    return submitted
+
+
+def test_answers_that_are_asked_for_together_are_decoded_together(service, client, monkeypatch):
+    before = service.metrics.value("batch_rows_count")
     names, texts = ["robot", "home", "base", "home:detached", "home:speculative", "robot:speculative"], {}
 
     def ask(i):
         name, prompt = names[i % 6], f"number {i}"
         texts[i] = client.completions.create(model=name, prompt=prompt, max_tokens=30).choices[0].text
 
+    submitted = counted_submissions(monkeypatch)
     threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
-    for thread in threads:
-        thread.start()
+    with held_steps(monkeypatch):
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: len(submitted) == 12)
     for thread in threads:
         thread.join()
     assert texts == {i: expected_text(f"number {i}", names[i % 6], 30) for i in range(12)}
-    steps = service.metrics.value("batch_rows_count") - before[1]
-    assert steps < 12 * 29 / 2
+    # One by one it were 12 x 29; the first row is a step ahead, and drafting rows are a batch of their own.
+    assert service.metrics.value("batch_rows_count") - before <= 2 * (29 + 1)
 
 
 # ---------------------------------------------------------------- what clients do wrong
@@ -229,43 +244,30 @@ def test_a_missing_or_wrong_key_is_refused_but_health_is_open(address):
     assert httpx.get(f"{address}/healthz").status_code == 200
 
 
-def test_a_client_that_sends_its_body_too_slowly_is_told_so(address):
-    host, port = address.removeprefix("http://").split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\nContent-Length: 100\r\n\r\n{{"
-    with socket.create_connection((host, int(port)), timeout=10) as slow:
-        slow.sendall(head.encode())
-        assert b" 408 " in slow.recv(1000).splitlines()[0]
+def test_a_client_that_sends_its_body_too_slowly_is_told_so():
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+    # A server of its own: where bodies may take half a second, a busy machine would make other clients too slow.
+    with running(create_app(local_service(), body_seconds=0.5)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=120) as slow:
+            slow.sendall(head)
+            assert b" 408 " in slow.recv(1000).splitlines()[0]
 
 
 def test_binary_rubbish_on_the_socket_does_no_harm(address, raw):
     host, port = address.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=10) as rubbish:
+    with socket.create_connection((host, int(port)), timeout=120) as rubbish:
         rubbish.sendall(bytes(range(256)) * 4)
         rubbish.recv(1000)
     assert raw.get("/healthz").status_code == 200
 
 
-def slowed(step):
-    def slow(*arguments):
-        time.sleep(0.02)
-        return step(*arguments)
-
-    return slow
-
-
-def wait_until(is_so, seconds=30):
-    deadline = time.monotonic() + seconds
-    while not is_so() and time.monotonic() < deadline:
-        time.sleep(0.005)
-
-
 @pytest.mark.parametrize("name", ["robot", "robot:speculative"])
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(service, address, stream, name, monkeypatch):
-    # Greedy answers never hold the end token (see MODEL) and slowed ones last for seconds, so the client always leaves
-    # in the middle of its answer, however this machine is loaded.
-    monkeypatch.setattr(batch, "step", slowed(batch.step))
-    monkeypatch.setattr(speculation, "step", slowed(speculation.step))
+    # Greedy answers never hold the end token (see MODEL) and stand still until the server knows that the client left.
+    left, cancel = threading.Event(), Scheduler.cancel
+    monkeypatch.setattr(Scheduler, "cancel", lambda scheduler, rows: (cancel(scheduler, rows), left.set()))
     value = service.metrics.value
     before, rows = value("cancelled_total"), value("batch_rows_count")
     asked = {"model": name, "prompt": "x", "max_tokens": 250, "stream": stream, "temperature": 0}
@@ -273,14 +275,16 @@ def test_a_client_that_leaves_frees_its_place(service, address, stream, name, mo
     body = json.dumps(asked)
     head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
     head += f"Authorization: Bearer {KEY}\r\nContent-Length: {len(body)}\r\n\r\n"
-    with socket.create_connection((host, int(port)), timeout=30) as leaving:
-        leaving.sendall((head + body).encode())
-        wait_until(lambda: value("batch_rows_count") > rows)
-        assert value("cancelled_total") == before
-        if stream:
-            leaving.recv(100)
+    with held_steps(monkeypatch):
+        with socket.create_connection((host, int(port)), timeout=120) as leaving:
+            leaving.sendall((head + body).encode())
+            wait_until(lambda: value("batch_rows_count") > rows)
+            assert value("cancelled_total") == before
+            if stream:
+                leaving.recv(100)
+        wait_until(left.is_set)
     wait_until(lambda: value("cancelled_total") > before)
-    assert value("cancelled_total") == before + 1
+    assert value("cancelled_total") == before + 1 and value("batch_rows_count") == rows + 1
 
 
 def test_too_many_requests_are_refused_with_a_time_to_come_back():
@@ -300,22 +304,26 @@ def test_an_answer_that_takes_too_long_is_a_gateway_timeout():
         assert httpx.post(f"{url}/v1/completions", json=asked, timeout=30).status_code == 504
 
 
-def test_going_down_finishes_the_answers_that_run():
+def test_going_down_finishes_the_answers_that_run(monkeypatch):
     leaving = local_service()
-    got = []
-    with running(create_app(leaving)) as url:
-        asked = {"model": "robot", "prompt": "a", "max_tokens": 200, "temperature": 1.0, "seed": 1, "stop": "\0\0"}
-        threads = [
-            threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/completions", json=asked, timeout=60)))
-            for _ in range(3)
-        ]
+    submitted, got = counted_submissions(monkeypatch), []
+    asked = {"model": "robot", "prompt": "a", "max_tokens": 200, "temperature": 0}
+    with held_steps(monkeypatch) as let_go:
+        with running(create_app(leaving)) as url:
+            threads = [
+                threading.Thread(target=lambda: got.append(httpx.post(f"{url}/v1/completions", json=asked, timeout=120)))
+                for _ in range(3)
+            ]
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(submitted) == 3)
+            assert not got
+            # Not before the server was told to go down, which happens at the end of this block.
+            threading.Timer(0.5, let_go).start()
         for thread in threads:
-            thread.start()
-        while leaving.metrics.value("batch_rows_count") == 0:
-            time.sleep(0.005)
-    for thread in threads:
-        thread.join()
+            thread.join()
     assert [answer.status_code for answer in got] == [200] * 3
+    assert {answer.json()["usage"]["completion_tokens"] for answer in got} == {200}
     assert leaving.health() is not None
 
 
@@ -371,7 +379,10 @@ def test_metrics_are_prometheus_text_and_count_exactly(raw, service):
     assert {"shadowpeft_requests", "shadowpeft_running_rows", "shadowpeft_request_seconds"} <= families
     assert service.metrics.value("prompt_tokens_total", model="home") == names["prompt"] + usage["prompt_tokens"]
     assert service.metrics.value("new_tokens_total", model="home") == names["new"] + usage["completion_tokens"]
-    assert service.metrics.value("requests_total", route="/v1/chat/completions", status="404") >= 1
+    missing = {"route": "/v1/chat/completions", "status": "404"}
+    before = service.metrics.value("requests_total", **missing)
+    assert raw.post("/v1/chat/completions", json={**CHAT, "model": "gpt"}).status_code == 404
+    wait_until(lambda: service.metrics.value("requests_total", **missing) == before + 1)
 
 
 def test_the_page_is_served_without_a_key(address):

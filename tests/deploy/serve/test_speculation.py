@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from deploy.running import held_steps
 from deploy.serve.test_scheduler import FAMILIES, TOKENIZER, all_of, collect, job, listening, reference, tokens_of
 from deploy.tiny import shadow_model
 from shadowpeft.deploy.serve import batch as batches
@@ -241,10 +242,11 @@ def test_drafting_and_plain_rows_run_side_by_side_and_drafts_are_counted_exactly
     assert scheduler._metrics.value("accepted_tokens_total") == accepted
 
 
-def test_a_cancelled_and_a_late_answer_leave_the_drafting_batch(scheduler):
-    row, heard = collect(scheduler, drafting("robot", 3, 0, max_tokens=240))
-    heard.get(timeout=30)
-    scheduler.cancel([row])
+def test_a_cancelled_and_a_late_answer_leave_the_drafting_batch(scheduler, monkeypatch):
+    with held_steps(monkeypatch):
+        row, heard = collect(scheduler, drafting("robot", 3, 0, max_tokens=240))
+        heard.get(timeout=120)
+        scheduler.cancel([row])
     late = drafting("home", 3, 0, max_tokens=250, deadline=time.monotonic() + 0.05)
     last = all_of(collect(scheduler, late)[1])[-1]
     assert isinstance(last, ApiError) and last.status == 504
@@ -258,7 +260,7 @@ def test_a_round_that_fails_ends_its_rows_and_the_others_go_on(scheduler, monkey
         raise RuntimeError("out of memory")
 
     plain = collect(scheduler, job("home", 3, 0, max_tokens=60))[1]
-    plain.get(timeout=30)
+    plain.get(timeout=120)
     monkeypatch.setattr(speculation, "base_hidden", explode)
     last = all_of(collect(scheduler, drafting("robot", 3, 0))[1])[-1]
     assert isinstance(last, ApiError) and last.status == 500

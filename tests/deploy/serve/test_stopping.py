@@ -1,16 +1,30 @@
 """SIGTERM at real processes: what runs is finished, the last line is printed, and the exit status is 0."""
 
 import threading
-import time
 
 import httpx
 import pytest
 
 from deploy.route.test_edge import router
+from deploy.running import wait_until
 from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.deploy.route.artefact import save_router
+from shadowpeft.deploy.system_eval import processes
 from shadowpeft.deploy.system_eval.processes import ServerProcess
 
+# The command line, with steps that are not taken before there is a file: an answer in the making stands still until then.
+HELD = """
+import pathlib, time
+from shadowpeft.deploy.serve import batch
+step, gate = batch.step, pathlib.Path({gate!r})
+def held(*arguments):
+    while not gate.exists():
+        time.sleep(0.01)
+    return step(*arguments)
+batch.step = held
+from shadowpeft.cli import main
+main()
+"""
 ASKED = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 200, "temperature": 0}
 
 
@@ -29,29 +43,29 @@ def saved(tmp_path_factory):
     return folder
 
 
-def wait_until_decoding(url):
-    deadline = time.monotonic() + 30
-    while "shadowpeft_batch_rows_count 0.0" in httpx.get(f"{url}/metrics", trust_env=False).text:
-        assert time.monotonic() < deadline, "no row was ever decoded"
-        time.sleep(0.005)
+def is_decoding(url):
+    return "shadowpeft_batch_rows_count 0.0" not in httpx.get(f"{url}/metrics", timeout=120, trust_env=False).text
 
 
 @pytest.mark.parametrize(("verb", "model"), [("serve", "robot"), ("edge", "edge")])
-def test_sigterm_finishes_what_runs_and_ends_with_status_0(saved, verb, model):
+def test_sigterm_finishes_what_runs_and_ends_with_status_0(saved, verb, model, tmp_path, monkeypatch):
+    gate = tmp_path / "gate"
+    monkeypatch.setattr(processes, "_PROGRAM", HELD.format(gate=str(gate)))
     more = {"serve": [], "edge": ["--never-escalate", "--router", str(saved / "router.json")]}[verb]
     place = {"serve": f"robot={saved / 'adapter'}", "edge": str(saved / "adapter")}[verb]
     server, got = ServerProcess([verb, place, *more]), []
 
     def ask():
-        got.append(httpx.post(f"{server.url}/v1/chat/completions", json=ASKED | {"model": model}, timeout=60, trust_env=False))
+        got.append(httpx.post(f"{server.url}/v1/chat/completions", json=ASKED | {"model": model}, timeout=240, trust_env=False))
 
     server.start()
     try:
         asking = threading.Thread(target=ask)
         asking.start()
-        wait_until_decoding(server.url)
-        assert not got  # else nothing ran when the signal came, and the test would show nothing
-        status = server.stop()
+        wait_until(lambda: is_decoding(server.url))
+        assert not got
+        threading.Timer(0.5, gate.touch).start()  # behind the signal, which the next line sends at once
+        status = server.stop(240)
         asking.join()
         assert (status, server.last_line()) == (0, "stopped; every request was answered")
     finally:

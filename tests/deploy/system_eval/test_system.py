@@ -8,13 +8,18 @@ import pytest
 from typer.testing import CliRunner
 
 from deploy.tiny import byte_tokenizer, shadow_model
+from models import randomise
 from shadowpeft.cli import app
+from shadowpeft.deploy.onnx import write_onnx
+from shadowpeft.deploy.route.artefact import load_router
 from shadowpeft.deploy.system_eval.figures import scope_detection
 from shadowpeft.deploy.system_eval.link import Link, running_link
 from shadowpeft.deploy.system_eval.processes import ProcessError, ServerProcess
 from shadowpeft.deploy.system_eval.replay import quantile
 from shadowpeft.errors import ConfigError
 
+# peft asks transformers in its former words.
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
 ROWS = [{"text": f"do number {i}", "intent": "[REMOTE]" if i % 4 == 0 else "sit"} for i in range(12)]
 
 
@@ -42,16 +47,32 @@ def command(*arguments):
     return result.output
 
 
-def test_calibrating_and_measuring_the_whole_system_by_the_command_line(saved):
+@pytest.fixture(scope="module")
+def lora(saved):
+    """A LoRA of the base that changes its answers."""
+    peft = pytest.importorskip("peft", reason="the cloud of a LoRA needs peft")
+    base = shadow_model(adapters=("robot",)).base
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"))
+    randomise(model, seed=5)
+    model.save_pretrained(saved / "lora")
+    return saved / "lora"
+
+
+def test_calibrating_and_measuring_the_whole_system_by_the_command_line(saved, lora):
     data = ["--task", "robot", "--data", saved / "data"]
     router = saved / "router.json"
     said = command("calibrate", saved / "adapter", "--output", router, *data, "--kind", "isotonic")
     assert "threshold" in said and router.is_file()
     options = ["--router", router, "--output", saved / "out", "--round-trip-ms", "20", "--max-tokens", "6"]
-    command("system-eval", saved / "adapter", *options, *data, "--limit", "8", "--concurrency", "2")
+    command("system-eval", saved / "adapter", *options, *data, "--limit", "8", "--concurrency", "2", "--lora", lora)
     record = json.loads((saved / "out" / "system.json").read_text())
     systems = record["systems"]
-    assert set(systems) == {"attached", "edge only", "edge and cloud"} and record["num_rows"] == 8
+    assert set(systems) == {"attached", "edge only", "edge and cloud", "LoRA, merged"} and record["num_rows"] == 8
+    assert systems["LoRA, merged"]["link_bytes"]["up"] > 8 * 100 and systems["LoRA, merged"]["escalated"] == 1
+    for one in systems.values():
+        assert one["time_against"] == {
+            name: pytest.approx(one["seconds"] / systems[name]["seconds"]) for name in ("attached", "LoRA, merged")
+        }
     assert systems["attached"]["latency_ms"]["p50"] >= 20 and systems["attached"]["link_bytes"]["up"] > 8 * 100
     # The random shadow calls no skill, so the grammar sends everything to the cloud.
     assert systems["edge and cloud"]["escalated"] == 1 and systems["edge only"]["escalated"] == 0
@@ -59,14 +80,39 @@ def test_calibrating_and_measuring_the_whole_system_by_the_command_line(saved):
     assert record["routers"]["random"]["area"] <= record["routers"]["oracle"]["area"]
     assert "origin" in record and str(saved) not in json.dumps(record)
     text = (saved / "out" / "system.md").read_text()
-    assert "edge and cloud" in text and "AUROC" in text
+    assert "edge and cloud" in text and "AUROC" in text and "time / LoRA, merged" in text
+    assert {"oracle", "random", "margin", "entropy", "sequence_logprob"} < set(record["routers"])
     for name in ("deferral.png", "latency.png"):
         assert (saved / "out" / name).stat().st_size > 5000
 
 
+# Raised inside torch's and onnxscript's own exporting code.
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_an_exported_edge_is_calibrated_and_measured_as_it_will_run(saved, tmp_path):
+    for name in ("onnxruntime", "onnxscript", "transformers.exporters"):
+        pytest.importorskip(name, reason=f"{name} is not installed (pip install 'shadowpeft[export]')")
+    exported = tmp_path / "onnx"
+    write_onnx(shadow_model(adapters=("robot",)).detach(), exported, tokenizer=byte_tokenizer())
+    data = ["--task", "robot", "--data", saved / "data", "--limit", "4"]
+    command("calibrate", saved / "adapter", "--output", tmp_path / "detached.json", *data)
+    command("calibrate", saved / "adapter", "--output", tmp_path / "exported.json", *data, "--edge", exported)
+    found = [load_router(tmp_path / f"{name}.json").examples for name in ("detached", "exported")]
+    assert found[0] != found[1]  # another runtime answered, and it rounds differently
+    for one, other in zip(*found, strict=True):
+        assert one.scores == pytest.approx(other.scores, rel=1e-3) and one.reason == other.reason
+    options = ["--router", tmp_path / "exported.json", "--output", tmp_path / "out", "--max-tokens", "4"]
+    command("system-eval", saved / "adapter", *options, *data, "--edge", exported)
+    record = json.loads((tmp_path / "out" / "system.json").read_text())
+    assert record["edge_is_exported"] and not (tmp_path / "out" / "edge").exists()
+    assert record["systems"]["edge only"]["accuracy"] == 0 and record["systems"]["edge and cloud"]["escalated"] == 1
+    nowhere = ["system-eval", str(saved / "adapter"), *map(str, options), *map(str, data), "--edge", "nowhere"]
+    refused = CliRunner().invoke(app, nowhere)
+    assert isinstance(refused.exception, ConfigError) and "shadowpeft export" in str(refused.exception)
+
+
 def test_a_server_that_cannot_start_says_why(saved):
     with pytest.raises(ProcessError, match=r"did not start: .*nothing-here"):
-        ServerProcess(["serve", str(saved / "nothing-here")]).start(60)
+        ServerProcess(["serve", str(saved / "nothing-here")]).start()
 
 
 def test_a_link_delays_counts_and_limits(monkeypatch):
@@ -109,6 +155,6 @@ def test_scope_detection_names_the_usual_baseline():
     from shadowpeft.deploy.route.scores import SCORES
 
     scores = [dict.fromkeys(SCORES, -1.0), dict.fromkeys(SCORES, -0.1)]
-    table = scope_detection(scores, [[-0.5, -0.1], [-0.2, -2.0]], [True, False])
+    table = scope_detection(scores, [-0.5, -0.2], [-0.6, -2.2], [True, False])
     assert table["edge margin"] == 1 and table["attached maximum softmax probability"] == 1
     assert table["attached sequence probability"] == 0

@@ -12,7 +12,7 @@ from typing import Any
 
 from shadowpeft.deploy.route import calibration as calibrations
 from shadowpeft.deploy.route.calibration import Calibration
-from shadowpeft.deploy.route.operating import Example, OperatingPoint, choose_threshold, operating_point, sweep
+from shadowpeft.deploy.route.operating import Example, OperatingPoint, choose_threshold, escalates, operating_point, sweep
 from shadowpeft.deploy.route.scores import SCORES
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.record import write_record
@@ -48,16 +48,55 @@ class Router:
 
     def curve(self, num_points: int = 100) -> list[dict[str, float]]:
         """Expected accuracy over share, for drawing."""
-        points = sweep(self.examples, [self.confidence(e.scores) for e in self.examples])
-        stride = max(len(points) // num_points, 1)
-        kept = [*points[::stride], points[-1]]
-        return [{"threshold": t, "share": s, "accuracy": a} for t, s, a in kept]
+        return _drawn(self.examples, self._confidences(), num_points)
+
+    def cloud_calibration(self) -> Calibration:
+        """From the edge's confidence to the probability that the cloud is right."""
+        return calibrations.fit_isotonic(self._confidences(), [example.cloud == 1 for example in self.examples])
+
+    def live(self, given: Sequence[tuple[float, bool]], cloud: Calibration, num_points: int = 100) -> dict[str, Any]:
+        """Curve and point of answers whose truth nobody knows: each side is right with its probability.
+
+        Args:
+            given: of every answer, the edge's confidence, and whether the grammar alone sends it to the cloud.
+            cloud: of :meth:`cloud_calibration`.
+
+        Returns:
+            ``curve`` as of :meth:`curve`; ``point``, share and accuracy at the threshold, None without answers.
+        """
+        if not given:
+            return {"curve": [], "point": None}
+        examples = [
+            Example(
+                scores={},
+                edge=confidence,
+                cloud=cloud.probability(confidence),
+                reason="grammar" if is_forced else None,
+                is_out_of_scope=False,
+            )
+            for confidence, is_forced in given
+        ]
+        confidence = [value for value, _ in given]
+        gone = [escalates(e, c, self.point.threshold) for e, c in zip(examples, confidence, strict=True)]
+        right = [e.cloud if is_gone else e.edge for e, is_gone in zip(examples, gone, strict=True)]
+        point = {"share": sum(gone) / len(gone), "accuracy": sum(right) / len(right)}
+        return {"curve": _drawn(examples, confidence, num_points), "point": point}
+
+    def _confidences(self) -> list[float]:
+        return [self.confidence(example.scores) for example in self.examples]
 
     def with_target(self, *, max_cloud_share: float | None = None, min_accuracy: float | None = None) -> "Router":
         """The same router at another operating point."""
-        confidence = [self.confidence(example.scores) for example in self.examples]
+        confidence = self._confidences()
         threshold = choose_threshold(self.examples, confidence, max_cloud_share=max_cloud_share, min_accuracy=min_accuracy)
         return replace(self, point=operating_point(self.examples, confidence, threshold))
+
+
+def _drawn(examples: Sequence[Example], confidence: Sequence[float], num_points: int) -> list[dict[str, float]]:
+    points = sweep(examples, confidence)
+    stride = max(len(points) // num_points, 1)
+    kept = [*points[:-1:stride], points[-1]]
+    return [{"threshold": t, "share": s, "accuracy": a} for t, s, a in kept]
 
 
 def _auroc(report: dict[str, Any], name: str) -> float:

@@ -2,14 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.route.calibration import auroc
 from shadowpeft.deploy.route.grammar import reason_to_escalate, skill_name
 from shadowpeft.deploy.route.operating import Example
 from shadowpeft.deploy.route.scores import SCORES, all_scores
+from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.mixed import Path
 from shadowpeft.deploy.serve.offline import Said, answer_all
 from shadowpeft.deploy.serve.service import end_ids
@@ -63,10 +65,14 @@ def observe(
     *,
     adapter: str,
     skills: Sequence[str] | None,
+    edge: Served | None = None,
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Observed:
     """Asks the detached shadow and the attached model of a shadow model.
+
+    Args:
+        edge: what the device runs, such as an exported shadow; None: the adapter, detached.
 
     Raises:
         ConfigError: the task is not answered by text.
@@ -76,26 +82,28 @@ def observe(
         raise ConfigError(f"task {task.name!r} is answered by a {task.kind}; a router needs generated answers")
     if not rows:
         raise DataError(f"there are no rows of task {task.name!r} to calibrate on")
-    sides = {}
-    for side, uses_base in (("edge", False), ("cloud", True)):
-        path = Path(adapter=adapter, uses_base=uses_base)
-        sides[side] = answers(model, tokenizer, task, rows, path, batch_size=batch_size, progress=progress)
+    ask = partial(answers, tokenizer=tokenizer, task=task, rows=rows, batch_size=batch_size, progress=progress)
+    if edge is None:
+        on_edge = ask(model, path=Path(adapter=adapter, uses_base=False))
+    else:
+        on_edge = ask(edge, path=Path(adapter=None, uses_base=True))
+    in_cloud = ask(model, path=Path(adapter=adapter, uses_base=True))
     examples = []
-    for row, edge, cloud in zip(rows, sides["edge"], sides["cloud"], strict=True):
+    for row, here, there in zip(rows, on_edge, in_cloud, strict=True):
         examples.append(
             Example(
-                scores=all_scores(edge.facts),
-                edge=headline(task, edge.text, row),
-                cloud=headline(task, cloud.text, row),
-                reason=reason_to_escalate(edge.text, skills),
+                scores=all_scores(here.facts),
+                edge=headline(task, here.text, row),
+                cloud=headline(task, there.text, row),
+                reason=reason_to_escalate(here.text, skills),
                 is_out_of_scope=is_out_of_scope(task, row),
             )
         )
-    return Observed(examples=examples, cloud_scores=[all_scores(said.facts) for said in sides["cloud"]])
+    return Observed(examples=examples, cloud_scores=[all_scores(said.facts) for said in in_cloud])
 
 
 def answers(
-    model: PreTrainedModel,
+    model: Served,
     tokenizer: PreTrainedTokenizerBase,
     task: Task,
     rows: Sequence[Row],

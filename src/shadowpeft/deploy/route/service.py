@@ -1,7 +1,7 @@
 """The edge: answers itself, and hands over what it cannot do or is not sure of."""
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,8 @@ from shadowpeft.deploy.serve.service import LocalAnswer, LocalService
 
 EDGE_NAME = "edge"
 LOCAL_NAME = "edge:local"
+# Answers that the live curve is drawn from.
+_NUM_RECENT = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class EdgeService:
         self.never_escalate = never_escalate
         self.metrics, self.tokenizer = local.metrics, local.tokenizer
         self.seen: Counter[str] = Counter()
+        self.recent: deque[tuple[float, bool]] = deque(maxlen=_NUM_RECENT)
+        self._cloud_calibration = router.cloud_calibration()
 
     def model_names(self) -> list[str]:
         return [EDGE_NAME, LOCAL_NAME]
@@ -72,7 +76,10 @@ class EdgeService:
             await self.cloud.close()
 
     def describe(self) -> dict[str, Any]:
-        """For the page: the expected curve, the threshold on it, and what happened so far."""
+        """For the page: the expected curve, the threshold on it, and what happened so far.
+
+        ``live`` is about the latest answers, as if each side were right with its calibrated probability.
+        """
         return {
             "kind": "edge",
             "models": self.model_names(),
@@ -82,6 +89,7 @@ class EdgeService:
             "score": self.router.score,
             "point": self.router.point.to_dict(),
             "curve": self.router.curve(),
+            "live": self.router.live(list(self.recent), self._cloud_calibration),
             "seen": dict(self.seen),
         }
 
@@ -137,6 +145,7 @@ class RoutedAnswer:
         decision = decide(self.service.router, text, facts)
         edge_ms = round(1000 * (time.monotonic() - self.started), 2)
         self.info |= {"mode": "edge", "answered_by": "edge", "reason": decision.reason, "degraded": False}
+        self.service.recent.append((decision.confidence, decision.reason not in ("confident", "low_confidence")))
         self.info |= {"confidence": decision.confidence, "scores": decision.scores, "edge_ms": edge_ms}
         if decision.escalate:
             if self.may_escalate and self.service.cloud is not None:

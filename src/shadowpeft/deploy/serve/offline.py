@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve import batch as batches
 from shadowpeft.deploy.serve.batch import Batch
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.mixed import Path
 from shadowpeft.deploy.serve.sampling import TokenFacts
 from shadowpeft.deploy.serve.sequence import Event, Job, Piece
@@ -23,7 +24,7 @@ class Said:
 
 
 def answer_all(
-    model: PreTrainedModel,
+    model: Served,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     path: Path,

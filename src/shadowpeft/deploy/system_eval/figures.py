@@ -69,14 +69,21 @@ def _described(curve: Curve) -> dict[str, Any]:
 
 
 def scope_detection(
-    scores: Sequence[dict[str, float]], cloud_logprobs: Sequence[Sequence[float]], out_of_scope: Sequence[bool]
+    scores: Sequence[dict[str, float]],
+    attached_first: Sequence[float],
+    attached_sequence: Sequence[float],
+    out_of_scope: Sequence[bool],
 ) -> dict[str, float | None]:
     """AUROC of telling in scope from out of scope, by each edge score and by the attached model's probabilities.
 
-    ``attached maximum softmax probability`` is that of the first token; that of the whole answer is beside it.
+    Args:
+        scores: of the edge's answers.
+        attached_first: log-probability of the attached model's first token, its maximum softmax probability.
+        attached_sequence: that of its whole answer.
+        out_of_scope: which rows are.
     """
     is_in = [not out for out in out_of_scope]
     table = {f"edge {name}": auroc([row[name] for row in scores], is_in) for name in SCORES}
-    table["attached maximum softmax probability"] = auroc([row[0] for row in cloud_logprobs], is_in)
-    table["attached sequence probability"] = auroc([sum(row) for row in cloud_logprobs], is_in)
+    table["attached maximum softmax probability"] = auroc(attached_first, is_in)
+    table["attached sequence probability"] = auroc(attached_sequence, is_in)
     return table

@@ -44,8 +44,10 @@ class Link:
             far_reader, far_writer = await asyncio.open_connection(HOST, self._target)
             writers.append(far_writer)
             await asyncio.gather(self._pump(reader, far_writer, "up"), self._pump(far_reader, writer, "down"))
-        except OSError:
-            pass  # nobody listens behind the link: the near side sees its connection closed
+        except (OSError, asyncio.CancelledError):
+            # Nobody listens behind the link: the near side sees its connection closed. Or the link is taken down:
+            # asyncio's own callback on this task would print a traceback if it ended as cancelled.
+            pass
         finally:
             for one in writers:
                 one.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 from shadowpeft.deploy.route.artefact import load_router
 from shadowpeft.deploy.route.calibrate import headline, is_out_of_scope
+from shadowpeft.deploy.serve.exported import is_exported
 from shadowpeft.deploy.serve.loading import load_served
 from shadowpeft.deploy.system_eval.figures import routers_on_test, scope_detection, system_figures
 from shadowpeft.deploy.system_eval.link import Link, running_link
@@ -23,6 +24,8 @@ from shadowpeft.train.data import all_prompt_ids, uses_chat
 from shadowpeft.train.tasks import Task
 
 CLOUD_NAME = "cloud"
+# The systems without a device, which all others are timed against.
+CLOUD_ONLY = (ATTACHED, LORA) = ("attached", "LoRA, merged")
 _WARM_UP = 3
 
 
@@ -33,8 +36,9 @@ class SystemConfig:
     Attributes:
         adapter: folder of the trained adapter; attached in the cloud, detached on the edge.
         router: file of ``shadowpeft calibrate``.
-        output: folder for the detached shadow and the report.
+        output: folder for the report, and for the detached shadow.
         base: if not the one that the adapter names.
+        edge: what the device runs, a folder of ``shadowpeft detach`` or ``export``; None: the adapter is detached here.
         lora: a peft adapter of the same base, for comparison.
         round_trip_ms, megabits: of the link in front of the cloud; megabits None: unlimited.
         concurrency: requests under way at a time.
@@ -46,6 +50,7 @@ class SystemConfig:
     router: Path
     output: Path
     base: str | None = None
+    edge: str | None = None
     lora: str | None = None
     round_trip_ms: float = 50.0
     megabits: float | None = None
@@ -68,14 +73,13 @@ def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[s
         raise ConfigError(f"the router was calibrated on task {router.task!r}, not {task.name!r}; calibrate again")
     if config.max_cloud_share is not None or config.min_accuracy is not None:
         router = router.with_target(max_cloud_share=config.max_cloud_share, min_accuracy=config.min_accuracy)
-    tell("detaching the shadow")
-    edge_folder, prompts = _prepare(config, task, rows)
+    edge_folder, prompts = _prepare(config, task, rows, tell)
     replays, num_bytes, cloud_logprobs = _replay_all(config, task, prompts, edge_folder, tell)
     out = [is_out_of_scope(task, row) for row in rows]
     right = {name: _right(task, one, rows) for name, one in replays.items()}
     systems = {name: system_figures(one, right[name], out, num_bytes.get(name)) for name, one in replays.items()}
-    for name in systems:
-        systems[name]["time_against_attached"] = systems[name]["seconds"] / systems["attached"]["seconds"]
+    for one in systems.values():
+        one["time_against"] = {name: one["seconds"] / systems[name]["seconds"] for name in CLOUD_ONLY if name in systems}
     scores = [reply.info["scores"] for reply in replays["edge only"].replies]
     return {
         "task": task.name,
@@ -86,9 +90,12 @@ def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[s
         "concurrency": config.concurrency,
         "expected": router.point.to_dict(),
         "score": router.score,
+        "edge_is_exported": is_exported(str(edge_folder)),
         "systems": systems,
-        "routers": routers_on_test(scores, right["edge only"], right["attached"]),
-        "scope_detection": scope_detection(scores, cloud_logprobs, out),
+        "routers": routers_on_test(scores, right["edge only"], right[ATTACHED]),
+        "scope_detection": scope_detection(
+            scores, [row[0] for row in cloud_logprobs], [sum(row) for row in cloud_logprobs], out
+        ),
     }
 
 
@@ -96,13 +103,23 @@ def _right(task: Task, one: Replay, rows: Sequence[Row]) -> list[float]:
     return [headline(task, reply.text, row) for reply, row in zip(one.replies, rows, strict=True)]
 
 
-def _prepare(config: SystemConfig, task: Task, rows: Sequence[Row]) -> tuple[Path, list[Prompt]]:
-    """Writes the detached shadow; prompts as texts, or as ids where a chat template made them."""
+def _prepare(
+    config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[str], None]
+) -> tuple[Path, list[Prompt]]:
+    """(the device's model, prompts as texts, or as ids where a chat template made them).
+
+    Raises:
+        ConfigError: there is no folder ``config.edge``.
+    """
+    if config.edge is not None and not Path(config.edge).is_dir():
+        raise ConfigError(f"there is no folder {config.edge}; write it with: shadowpeft detach, or shadowpeft export")
     loaded = load_served([f"{CLOUD_NAME}={config.adapter}"], base=config.base)
     assert isinstance(loaded.model, ShadowModel)
-    folder = config.output / "edge"
-    loaded.model.detach().save_pretrained(folder)
-    loaded.tokenizer.save_pretrained(folder)
+    folder = config.output / "edge" if config.edge is None else Path(config.edge)
+    if config.edge is None:
+        tell("detaching the shadow")
+        loaded.model.detach().save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
     if uses_chat(loaded.tokenizer):
         return folder, list(all_prompt_ids(task, loaded.tokenizer, rows))
     return folder, [task.prompt(row) for row in rows]
@@ -127,7 +144,7 @@ def _replay_all(
 
     base = [] if config.base is None else ["--base", config.base]
     with _behind_link(config, ["serve", f"{CLOUD_NAME}={config.adapter}", *base]) as (direct, url, link):
-        measure("attached", url, CLOUD_NAME, link)
+        measure(ATTACHED, url, CLOUD_NAME, link)
         tell("asking the attached model for its probabilities")
         probed = ask(direct, CLOUD_NAME, prompts, concurrency=8, with_logprobs=True)
         logprobs = [reply.logprobs or [0.0] for reply in probed.replies]
@@ -137,7 +154,7 @@ def _replay_all(
     if config.lora is not None:
         lora = ["serve", "--base", _base_name(config), "--lora", config.lora]
         with _behind_link(config, lora) as (_, url, link):
-            measure("LoRA, merged", url, "base", link)
+            measure(LORA, url, "base", link)
     return replays, num_bytes, logprobs
 
 
