@@ -9,7 +9,8 @@ round. The optimizer's step is left out: the budget, and so its cost, is the sam
 
 The ceiling is the best rate of one large matrix product in this run. The share of it counts the operations that any
 method needs to send gradients through a frozen base: 4 a weight and token of all blocks, 4 a weight of the head and
-labelled position, and those of causal attention; what a method computes beyond that lowers its share.
+labelled position, and those of causal attention; what a method computes beyond that lowers its share. glibc is told to
+keep freed memory, for all rows alike: without it, faults of fresh pages are the larger part of the noise.
 """
 
 import argparse
@@ -39,6 +40,7 @@ from rows import (
     num_trainable,
 )
 from shadowpeft.evaluate.record import origin, write_record
+from shadowpeft.train.allocator import keep_freed_memory
 
 
 def synchronise(device: str) -> None:
@@ -166,6 +168,7 @@ def main() -> None:
     own = SHAPES[options.shape].vocabulary
     options.vocabulary = [own] if own else options.vocabulary or [32_000]
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
+    keep_freed_memory()  # for all rows alike, as `shadowpeft train` does
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     payload: dict[str, Any] = {"benchmark": "train_step", "num_threads": torch.get_num_threads(), "rows": []}

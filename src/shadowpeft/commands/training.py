@@ -13,6 +13,7 @@ from shadowpeft.evaluate.modes import parameters_in_use, score_modes
 from shadowpeft.evaluate.record import data_revision, write_record
 from shadowpeft.evaluate.score import majority_baseline
 from shadowpeft.files import write_files
+from shadowpeft.train.allocator import keep_freed_memory
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.run import ADAPTER_FOLDER, Trained
 from shadowpeft.train.run import train as run_training
@@ -23,6 +24,7 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any] | None:
 
     None if it was interrupted, or trained by several processes, which leave the scoring to one.
     """
+    keep_freed_memory()
     trained = run_training(config, console=console)
     console = console if trained.is_first else Console(quiet=True)
     _tell_encoding(trained, console)
