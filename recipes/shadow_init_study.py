@@ -38,8 +38,8 @@ from shadowpeft.train.text import PackedText
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 COMPANION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, **HEADS}
 TINY_COMPANION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **HEADS}
-# Equal fine-tuning; a large lambda, because the detached shadow is what is studied.
-ADAPTER = ShadowConfig(shadow_alpha=1.0, auxiliary_loss_weight=0.5, shadow_dropout=0.0, freeze_embeddings=False)
+# Equal fine-tuning, as in the demonstration.
+ADAPTER = ShadowConfig.preset("recommended").replace(freeze_embeddings=False)
 INITIALISATIONS = ("random", "truncated", "pretrained")
 SEEDS = (0, 1, 2)
 
@@ -116,8 +116,8 @@ def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: in
     data = None if given.data is None or task == "robot" else str(given.data / task)
     limits = {"limit_train": 64, "limit_eval": 8} if given.tiny else {"limit_eval": given.limit_eval}
     config = TrainConfig(
-        base=given.base, task=task, data=data, output=str(folder), max_steps=given.steps, seed=seed, batch_size=32,
-        max_length=64, shadow=shadow_of(initialisation, pretrained), resume=can_resume(folder), **limits,
+        base=given.base, task=task, data=data, output=str(folder), max_steps=given.steps, seed=seed, batch_size=16,
+        learning_rate=1.5e-3, max_length=64, shadow=shadow_of(initialisation, pretrained), resume=can_resume(folder), **limits,
     )  # fmt: skip
     done = train(config)
     prepared = done.prepared

