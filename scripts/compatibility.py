@@ -47,7 +47,7 @@ class Cell:
 
 
 CELLS = [
-    *(Cell(python="3.11", torch=t, transformers=f) for t in ("2.6.0", "2.8.0", "2.13.0") for f in ("5.17.0", NEWEST)),
+    *(Cell(python="3.11", torch=t, transformers=f) for t in ("2.6.0", "2.7.1", "2.8.0", "2.13.0") for f in ("5.17.0", NEWEST)),
     Cell(python="3.11", torch=NEWEST, transformers=NEWEST),
     *(Cell(python=p, torch="2.13.0", transformers=NEWEST) for p in ("3.10", "3.12", "3.13")),
 ]

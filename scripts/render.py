@@ -85,6 +85,29 @@ def decode_table(name: str) -> str:
     return "\n".join(rows)
 
 
+def plan_table() -> str:
+    columns = ("base", "rows x tokens", "planned MB", "measured MB", "planned / measured", "measured as glibc comes MB")
+    rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * 4]
+    for row in result("plan")["rows"]:
+        planned, measured, usual = (f"{row[name] / 1e6:,.0f}" for name in ("planned", "measured", "measured_default_malloc"))
+        shape = f"{row['batch']} x {row['length']}"
+        rows.append(f"| {row['case']} | {shape} | {planned} | {measured} | {row['ratio']:.2f} | {usual} |")
+    return "\n".join(rows)
+
+
+def compatibility_table() -> str:
+    rows = ["| Python | torch | transformers | contract tests | |", "|---|---|---|---|---|"]
+    for cell in result("compatibility")["cells"]:
+        # What was installed; where nothing was, what was asked for.
+        found = {**cell["asked"], **cell.get("versions", {})}
+        tests = cell.get("tests")
+        counts = "" if tests is None else f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+        names = " | ".join(found[name] for name in ("python", "torch", "transformers"))
+        reason = cell.get("reason", "").replace("|", "/")
+        rows.append(f"| {names} | {counts or cell['status']} | {reason} |")
+    return "\n".join(rows)
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f}"
 
@@ -96,6 +119,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-12x1024": partial(decode_table, "decode-12x1024"),
     "decode-e2e": partial(decode_table, "decode-e2e"),
     "tasks": tasks_table,
+    "plan": plan_table,
+    "compatibility": compatibility_table,
     "base": base_table,
 }
 

@@ -34,7 +34,7 @@ _CASTS = frozenset([Tensor.to, Tensor.float])
 # What holds its numbers in one storage and nothing else; fake tensors stand for such where a step is only planned.
 PLAIN = (Tensor, nn.Parameter, FakeTensor)
 # The hooks in effect. Absent before torch 2.7, where hooks further out could not be told of what is kept.
-_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # type: ignore[attr-defined]
 # Smaller tensors are kept as they are.
 _FEWEST_BYTES = 2**12
 
