@@ -1,6 +1,6 @@
 """What `shadowpeft plan` says a training step needs, against the memory that a real step takes.
 
-``python benchmarks/plan.py`` (about 5 minutes on two cores); ``--tiny`` for one small case, in CI.
+``python benchmarks/plan.py`` (about 3 minutes on two cores); ``--tiny`` for one small case, in CI.
 
 Planned: the peak of the traced step. Measured: in a process of its own, the highest resident set during the third
 training step (the counter is set back in front of it), less the resident set before base and adapter were made; libraries
@@ -55,15 +55,14 @@ def base_config(kind: str, width: int, blocks: int, vocabulary: int) -> dict[str
 
 
 CASES = {
-    "embedded": Case(batch=16, length=128),
-    "embedded, long rows": Case(batch=2, length=512),
-    "qwen3 512 x 8": Case(config=base_config("qwen3", 512, 8, 32_000), batch=8, length=128),
-    "qwen3 512 x 8, recommended": Case(
-        config=base_config("qwen3", 512, 8, 32_000), shadow={"preset": "recommended"}, batch=16, length=128
+    "embedded": Case(batch=8, length=128),
+    "embedded, one long row": Case(batch=1, length=512),
+    "qwen3 512 x 4, recommended": Case(
+        config=base_config("qwen3", 512, 4, 16_000), shadow={"preset": "recommended"}, batch=8, length=96
     ),
-    "qwen3 768 x 6, recomputed": Case(config=base_config("qwen3", 768, 6, 8_000), batch=16, length=256, checkpointing=True),
-    "llama 256 x 4, large vocabulary": Case(config=base_config("llama", 256, 4, 128_256), batch=8, length=128),
-    "llama 384 x 12, one long row": Case(config=base_config("llama", 384, 12, 8_000), batch=1, length=1024),
+    "qwen3 512 x 6, recomputed": Case(config=base_config("qwen3", 512, 6, 8_000), batch=8, length=128, checkpointing=True),
+    "llama 256 x 4, large vocabulary": Case(config=base_config("llama", 256, 4, 128_256), batch=4, length=96),
+    "llama 384 x 8": Case(config=base_config("llama", 384, 8, 8_000), batch=4, length=160),
 }
 TINY = {"tiny": Case(config=base_config("qwen3", 256, 4, 4_000), batch=8, length=128)}
 
