@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig
 
@@ -128,7 +128,7 @@ def _give_fake_memory(model: nn.Module) -> None:
     """Meta tensors become fake ones on a CPU; what is shared stays shared."""
     made: dict[int, Any] = {}
 
-    def fake(tensor: Tensor) -> Tensor:
+    def fake(tensor: Any) -> Any:
         if id(tensor) not in made:
             empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
             is_weight = isinstance(tensor, nn.Parameter)
@@ -136,9 +136,9 @@ def _give_fake_memory(model: nn.Module) -> None:
         return made[id(tensor)]
 
     for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            table.update({name: fake(tensor) for name, tensor in table.items() if tensor is not None})
+        for table in (module._parameters, module._buffers):
+            for name, tensor in list(table.items()):
+                table[name] = None if tensor is None else fake(tensor)
 
 
 def bytes_of(tensors: Any) -> int:
