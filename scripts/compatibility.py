@@ -52,7 +52,8 @@ CELLS = [
     *(Cell(python="3.11", torch=t, transformers=f) for t in ("2.6.0", "2.7.1", "2.8.0") for f in ("5.17.0", ADMITTED)),
     *(Cell(python="3.11", torch="2.13.0", transformers=f) for f in ("5.17.0", ADMITTED, NEWEST)),
     Cell(python="3.11", torch=NEWEST, transformers=ADMITTED),
-    *(Cell(python=p, torch="2.13.0", transformers=ADMITTED) for p in ("3.10", "3.12", "3.13")),
+    Cell(python="3.10", torch="2.13.0", transformers="5.20.2"),  # the last that installs there
+    *(Cell(python=p, torch="2.13.0", transformers=ADMITTED) for p in ("3.12", "3.13")),
 ]
 
 
