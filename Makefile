@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint docs package clean
+.PHONY: demo test lint docs package compatibility clean
 
 demo: $(VENV)/.package
 	$(BIN)/shadowpeft demo --output runs/demo-$$(date +%Y%m%d-%H%M%S)
@@ -30,6 +30,10 @@ package: $(VENV)/.package
 	build/empty/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	cd build && empty/bin/shadowpeft info
 	cd build && empty/bin/shadowpeft train --output run --max-steps 1 --batch-size 2 --max-length 32 --limit-train 8 --limit-eval 2
+
+# An environment for each cell, one after the other: hours on two cores. ONLY="3.11 torch=2.8.0" runs some.
+compatibility: $(VENV)/.package
+	$(BIN)/python scripts/compatibility.py $(if $(ONLY),--only $(ONLY))
 
 # torch first: a plain range could pull another build than the one the tests were written against.
 $(VENV)/.package: pyproject.toml

@@ -131,11 +131,13 @@ def setting(row: dict[str, Any]) -> str:
     return f"{LABELS[row['labels']]} | {dropout}"
 
 
-def train_step_table(*names: str) -> str:
+def train_step_table(*names: str, every_label: bool = True) -> str:
+    """Rows of the files; of the first only those with labels on answers, unless ``every_label``."""
     columns = ("labels", "dropout", "", "trained weights", "s/step", "tokens/s", "of ceiling",
                "base = 1", "LoRA = 1", "PEFT's Shadow = 1")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---|---|---|" + "---:|" * (len(columns) - 3)]
-    for row in (row for name in names for row in result(name)["rows"]):
+    rows = [row for name in names for row in result(name)["rows"] if every_label or name != names[0] or row["labels"] == "answers"]
+    for row in rows:
         peers = ("base with gradients", "LoRA all linear", "HF Shadow")
         ratios = " | ".join(f"{row['ratios'][peer]:.2f}" for peer in peers)
         lines.append(
@@ -170,18 +172,43 @@ def three_digits(value: float | None) -> str:
 SYSTEM_STUDY = "python recipes/system_study.py --data FOLDER"
 
 
+def plan_table() -> str:
+    columns = ("base", "rows x tokens", "planned MB", "measured MB", "planned / measured", "measured as glibc comes MB")
+    rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * 4]
+    for row in result("plan")["rows"]:
+        planned, measured, usual = (f"{row[name] / 1e6:,.0f}" for name in ("planned", "measured", "measured_default_malloc"))
+        shape = f"{row['batch']} x {row['length']}"
+        rows.append(f"| {row['case']} | {shape} | {planned} | {measured} | {row['ratio']:.2f} | {usual} |")
+    return "\n".join(rows)
+
+
+def compatibility_table() -> str:
+    rows = ["| Python | torch | transformers | contract tests | |", "|---|---|---|---|---|"]
+    for cell in result("compatibility")["cells"]:
+        # What was installed; where nothing was, what was asked for.
+        found = {**cell["asked"], **cell.get("versions", {})}
+        tests = cell.get("tests")
+        counts = "" if tests is None else f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
+        names = " | ".join(found[name] for name in ("python", "torch", "transformers"))
+        reason = cell.get("reason", "").replace("|", "/")
+        rows.append(f"| {names} | {counts or cell['status']} | {reason} |")
+    return "\n".join(rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "parity": parity_table,
     "decode-robot": partial(decode_table, "decode-robot"),
     "decode-12x1024": partial(decode_table, "decode-12x1024"),
     "decode-e2e": partial(decode_table, "decode-e2e"),
-    "train-step": partial(train_step_table, "train_step", "train_step-default"),
+    "train-step": partial(train_step_table, "train_step", "train_step-default", "train_step-all", every_label=False),
     "train-step-embedded": partial(train_step_table, "train_step-embedded"),
     "memory": partial(memory_table, "memory", "memory-default", "memory-151936"),
     "tasks": tasks_table,
     "system": partial(once_measured, "system", system_table, SYSTEM_STUDY),
     "routers": partial(once_measured, "system", routers_table, SYSTEM_STUDY),
+    "plan": plan_table,
+    "compatibility": compatibility_table,
     "base": base_table,
 }
 

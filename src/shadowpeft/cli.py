@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
+from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -21,6 +22,7 @@ from shadowpeft.deploy import commands as deploying
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.train import pretrain as pretraining
 from shadowpeft.train.config import TrainConfig, merge, read_yaml, split_settings
+from shadowpeft.train.plan import MARGIN
 from shadowpeft.train.pretrain_config import PretrainConfig
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapt a frozen language model with a small shadow.")
@@ -30,12 +32,12 @@ console = Console()
 _DERIVED = {"shadow", "task_type"}
 
 
-def flags_of(config_class: type, panel: str) -> list[Parameter]:
-    """One optional flag for each field of a config dataclass; unset flags stay None, so that a file can speak."""
+def flags_of(config_class: type, panel: str, chosen: set[str] | None = None) -> list[Parameter]:
+    """One optional flag for each field (of ``chosen``, if given); unset flags stay None, so that a file can speak."""
     hints = get_type_hints(config_class)
     parameters = []
     for item in fields(config_class):
-        if item.name in _DERIVED:
+        if item.name in _DERIVED or (chosen is not None and item.name not in chosen):
             continue
         default = None if item.default is MISSING else item.default
         names = [f"--{item.name.replace('_', '-')}"]
@@ -53,10 +55,10 @@ def _flag_type(hint: Any) -> Any:
     return next((part for part in get_args(hint) if part is not type(None)), hint)
 
 
-def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the flags of ``TrainConfig`` and ``ShadowConfig``, in place of its ``**flags``."""
+def with_flags(command: Callable[..., None], chosen: set[str] | None = None) -> Callable[..., None]:
+    """Gives a command the flags of ``TrainConfig`` (of ``chosen`` alone) and ``ShadowConfig``, in place of its ``**flags``."""
     own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-    flags = flags_of(TrainConfig, "Run") + flags_of(ShadowConfig, "Shadow adapter")
+    flags = flags_of(TrainConfig, "Run", chosen) + flags_of(ShadowConfig, "Shadow adapter")
     command.__signature__ = signature(command).replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
     return command
 
@@ -77,6 +79,42 @@ def train(
 ) -> None:
     """Train a shadow, score base / attached / detached, save the adapter."""
     commands.train(config_from(flags, config, preset), console)
+
+
+@app.command()
+@partial(with_flags, chosen={"batch_size", "gradient_accumulation", "max_length", "dtype", "gradient_checkpointing"})
+def plan(
+    model: Annotated[str, typer.Option(help="the base: folder, config.json, hub name or 'embedded'; no weights are read")],
+    gpus: Annotated[int, typer.Option(help="devices, one process each")] = 1,
+    memory: Annotated[str | None, typer.Option(help="of each device, such as 80GB or 23.5GiB: finds the largest batch")] = None,
+    margin: Annotated[float, typer.Option(help="share of the memory left free, for what is no tensor")] = MARGIN,
+    device: Annotated[str, typer.Option(help="cpu or gpu, which keep unequal numbers of logits")] = "gpu",
+    labels: Annotated[int | None, typer.Option(help="classes of a classifier; default: a language model")] = None,
+    labelled: Annotated[float, typer.Option(help="share of the tokens that carry a label")] = 1.0,
+    flops: Annotated[str | None, typer.Option(help="floating point operations a second of a device, such as 400T")] = None,
+    bandwidth: Annotated[str | None, typer.Option(help="bytes a second of its memory, such as 3T; goes with --flops")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="measure both here, in the base's dtype")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file with settings of `train`")] = None,
+    preset: Annotated[str | None, typer.Option(help=f"formulas of: {', '.join(PRESETS)} [default: paper]")] = None,
+    **flags: Any,
+) -> None:
+    """Tell what a training would need: parameters, bytes, batch, parallelism, a ceiling of its speed."""
+    commands.plan(
+        model,
+        config_from(flags, config, preset),
+        console,
+        gpus=gpus,
+        memory=memory,
+        margin=margin,
+        device=device,
+        labels=labels,
+        labelled=labelled,
+        flops=flops,
+        bandwidth=bandwidth,
+        measure=measure,
+        as_json=as_json,
+    )
 
 
 @app.command("eval")

@@ -17,7 +17,7 @@ from shadowpeft.train.checkpoints import newest_checkpoint
 from workbench import write_base, write_classification, write_intents
 
 VERBS = {
-    *("train", "eval", "generate", "info", "demo", "compare", "pretrain", "detach", "export", "convert"),
+    *("train", "eval", "generate", "info", "demo", "compare", "plan", "pretrain", "detach", "export", "convert"),
     *("serve", "edge", "calibrate", "system-eval"),
 }
 QUICK = ["--batch-size", "4", "--log-every", "1", "--shadow-intermediate-size", "24"]

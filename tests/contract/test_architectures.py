@@ -10,6 +10,8 @@ from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.errors import ArchitectureError
 from shadowpeft.model.architectures import ARCHITECTURES, blocks_of, decoder_of
 
+pytestmark = pytest.mark.contract
+
 ALL = sorted(ARCHITECTURES)
 MAX_NEW = 10  # past the sliding window of 6 that the windowed bases have
 

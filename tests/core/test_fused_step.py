@@ -13,6 +13,8 @@ from shadowpeft.core import ShadowConfig
 from shadowpeft.core.kernels import StepSpec, StepWeights, fused_step, step_backend
 from shadowpeft.core.network import ShadowNetwork
 
+pytestmark = pytest.mark.contract
+
 D, B, T = 6, 2, 5
 VARIANTS = {
     "paper": {},

@@ -9,6 +9,8 @@ from transformers.trainer_pt_utils import LabelSmoother
 from shadowpeft.core.head_loss import LogitFinish, LossSpec
 from shadowpeft.core.losses import causal_lm_loss, distillation_loss, shared_head_losses
 
+pytestmark = pytest.mark.contract
+
 B, T, D, V = 3, 7, 6, 11
 FINISHES = {
     "plain": LogitFinish(),

@@ -11,6 +11,8 @@ from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.core.lean import lean_graph
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.fixture(autouse=True)
 def nothing_is_too_small(monkeypatch):

@@ -9,6 +9,8 @@ from shadowpeft import SpeculativeConfig, collect_statistics
 from shadowpeft.model.architectures import ARCHITECTURES
 from speculation import adapted, oracle
 
+pytestmark = pytest.mark.contract
+
 NEW, DRAFTS, LENGTH = 12, 4, 7
 NUM_PROMPTS = 208
 

@@ -15,6 +15,8 @@ from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.files import SaveError
 from shadowpeft.model import checkpoint
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.fixture
 def saved(tmp_path):

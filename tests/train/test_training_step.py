@@ -11,6 +11,8 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.trainer import ShadowTrainer
 
+pytestmark = pytest.mark.contract
+
 
 def adapted(model_type="llama", **config):
     model = get_shadow_model(tiny_base(model_type), tiny_config(**{"shadow_dropout": 0.0} | config)).train()

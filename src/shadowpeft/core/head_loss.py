@@ -62,10 +62,13 @@ class LossSpec:
     chunk_rows: int | None = None
 
     def rows_at_a_time(self, vocabulary: int, device: torch.device) -> int:
-        if self.chunk_rows is not None:
-            return self.chunk_rows
-        kind = "cpu" if device.type == "cpu" else "cuda"
-        return max(min(_CHUNK_LOGITS[kind] // vocabulary, _MOST_ROWS[kind]), 32)
+        return self.chunk_rows or usual_rows(vocabulary, device.type)
+
+
+def usual_rows(vocabulary: int, device_type: str) -> int:
+    """Rows of logits that a device of this type has in memory at a time."""
+    kind = "cpu" if device_type == "cpu" else "cuda"
+    return max(min(_CHUNK_LOGITS[kind] // vocabulary, _MOST_ROWS[kind]), 32)
 
 
 class HeadLosses(NamedTuple):

@@ -7,7 +7,7 @@ operand is read from the network at the time of the call; nothing is derived ahe
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shadowpeft.core.step import rms
@@ -22,13 +22,21 @@ def step(network: "ShadowNetwork", block_index: int, h: Tensor, s: Tensor) -> tu
     if block_index < network.config.first_block:
         return h, s
     injection, update = network.parts(block_index)
+    h, s = beside(injection.W_down, h, s)
     if update is not None:
-        norm = network.update_norm
-        z = h
-        if norm is not None:
-            z = F.layer_norm(h.to(norm.weight.dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        s = advance(update, z, s)
+        s = advance(update, h if network.update_norm is None else layer_norm(network.update_norm, h), s)
     return correct(injection, h, s), s
+
+
+def beside(weight: Tensor, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    """``h`` and ``s`` on the device of a step's weights, which is that of the block it feeds."""
+    return (h, s) if h.device == s.device == weight.device else (h.to(weight.device), s.to(weight.device))
+
+
+def layer_norm(norm: nn.LayerNorm, h: Tensor) -> Tensor:
+    """The norm that all updates share, wherever ``h`` is, in its own dtype."""
+    weight, bias = norm.weight.to(h.device), norm.bias.to(h.device)
+    return F.layer_norm(h.to(weight.dtype), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def advance(update: "Update", z: Tensor, s: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -30,6 +31,10 @@ _CHEAP: frozenset[Callable] = frozenset(
     ]
 )
 _CASTS = frozenset([Tensor.to, Tensor.float])
+# What holds its numbers in one storage and nothing else; fake tensors stand for such where a step is only planned.
+PLAIN = (Tensor, nn.Parameter, FakeTensor)
+# The hooks in effect. Absent before torch 2.7, where hooks further out could not be told of what is kept.
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)  # type: ignore[attr-defined]
 # Smaller tensors are kept as they are.
 _FEWEST_BYTES = 2**12
 
@@ -151,7 +156,7 @@ class _Recorder(TorchFunctionMode):
         self._origins[storage._cdata] = _Origin(storages, result._version, func, arguments, kwargs, narrow)
 
     def pack(self, tensor: Tensor) -> "_Window | _Kept":
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided:
+        if type(tensor) not in PLAIN or tensor.layout != torch.strided:
             return _Kept(tensor, self._outer)
         view = _View.of(tensor)
         if tensor.untyped_storage().nbytes() >= _FEWEST_BYTES:
@@ -228,12 +233,12 @@ def lean_graph() -> Iterator[None]:
     """Within the block, autograd keeps expressions in place of tensors that follow from others it keeps.
 
     Hooks for saved tensors that are already in effect (offloading, counting) still see every tensor that is kept.
-    Does nothing without gradients and inside torch.compile, which makes such choices itself.
+    Does nothing without gradients, inside torch.compile, which makes such choices itself, and before torch 2.7.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or _top_hooks is None:
         yield
         return
-    recorder = _Recorder(torch._C._autograd._top_saved_tensors_default_hooks(False))  # type: ignore[attr-defined]
+    recorder = _Recorder(_top_hooks(False))
     try:
         with recorder, torch.autograd.graph.saved_tensors_hooks(recorder.pack, _unpack):
             yield

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shadowpeft.core.head_loss import IGNORE, HeadLosses, LossSpec, head_losses
+from shadowpeft.core.lean import PLAIN
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
@@ -75,6 +76,7 @@ def shared_head_losses(
     needs_shadow = spec.shadow_weight > 0 or spec.distillation_weight > 0
     if not is_plain_linear(head):
         return _losses_through(spec, head, hidden, initial if needs_shadow else None, labels, num_items)
+    hidden = hidden.to(head.weight.device)  # type: ignore[arg-type]
     targets = next_token_labels(labels).to(hidden.device).reshape(-1)
     width = hidden.shape[-1]
     return head_losses(
@@ -92,7 +94,7 @@ def is_plain_linear(head: nn.Module) -> bool:
     """Whether ``head`` is ``x W + b`` and nothing else: no quantised, adapted, sharded or hooked layer."""
     if type(head) is not nn.Linear or head._forward_hooks or head._forward_pre_hooks:
         return False
-    return type(head.weight) in (Tensor, nn.Parameter) and head.weight.device.type != "meta"
+    return type(head.weight) in PLAIN and head.weight.device.type != "meta"
 
 
 def _losses_through(

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from shadowpeft.core import inference
 from shadowpeft.core.config import ShadowConfig
+from shadowpeft.core.inference import beside, layer_norm
 from shadowpeft.core.kernels import StepSpec, StepWeights, fused_step, step_backend
 from shadowpeft.core.shapes import States
 from shadowpeft.core.step import Injection, Update
@@ -95,6 +96,7 @@ class ShadowNetwork(nn.Module):
         if block_index < self.config.first_block:
             return h, s
         injection, update = self.parts(block_index)
+        h, s = beside(injection.W_down, h, s)
         needs_grad = torch.is_grad_enabled() and (h.requires_grad or s.requires_grad or injection.W_up.requires_grad)
         backend, _ = step_backend(
             self.config, device=h.device, dtype=h.dtype, training=injection.training, needs_grad=needs_grad
@@ -125,12 +127,12 @@ class ShadowNetwork(nn.Module):
         norm = self.update_norm
         return ours._replace(
             **update.named_weights(),
-            norm_weight=None if norm is None else norm.weight,
-            norm_bias=None if norm is None else norm.bias,
+            norm_weight=None if norm is None else norm.weight.to(injection.W_down.device),
+            norm_bias=None if norm is None else norm.bias.to(injection.W_down.device),
         )
 
     def _normed(self, h: Tensor) -> Tensor:
-        return h if self.update_norm is None else self.update_norm(h.to(self.update_norm.weight.dtype))
+        return h if self.update_norm is None else layer_norm(self.update_norm, h)
 
     def num_parameters(self, *, only_trainable: bool = False) -> int:
         return sum(p.numel() for p in self.parameters() if p.requires_grad or not only_trainable)

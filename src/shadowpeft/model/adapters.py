@@ -33,6 +33,8 @@ class AdaptedModel(PreTrainedModel):
         check_base(base, first_block=0)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
+        if getattr(base, "hf_device_map", None) is not None:
+            self.hf_device_map = base.hf_device_map  # by which transformers' Trainer knows not to move it
         self.networks = nn.ModuleDict()
         self.active_adapter = adapter_name
         if config is not None:

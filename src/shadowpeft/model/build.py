@@ -11,6 +11,7 @@ from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
 from shadowpeft.model.backbones import embedding_width, explicit_backbone, implicit_backbone
+from shadowpeft.model.placement import place
 from shadowpeft.model.pretrained import load_projection
 from shadowpeft.model.truncate import truncated_backbone
 
@@ -46,7 +47,7 @@ def initial_backbone(base: PreTrainedModel, config: ShadowConfig, **load_options
 
 
 def assemble_network(base: PreTrainedModel, config: ShadowConfig, backbone: PreTrainedModel) -> ShadowNetwork:
-    """Wraps a backbone into a network of the base's shape, on its device and in the adapter's dtype."""
+    """Wraps a backbone into a network of the base's shape, on its device (or devices) and in the adapter's dtype."""
     network = ShadowNetwork(
         config,
         backbone,
@@ -59,7 +60,7 @@ def assemble_network(base: PreTrainedModel, config: ShadowConfig, backbone: PreT
     if is_classifier(base):
         copy_head(base, network)
     dtype = base.dtype if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
-    return network.to(device=decoder_of(base).device, dtype=dtype)
+    return place(network.to(dtype=dtype), base)
 
 
 def copy_head(base: PreTrainedModel, network: ShadowNetwork) -> None:

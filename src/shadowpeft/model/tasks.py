@@ -183,6 +183,26 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         """The base's frozen head, with whatever its architecture does to logits: [B, T, d] -> [B, T, V]."""
         return architecture_of(self.config).finish_logits(self.config, head_of(self.base)(hidden))
 
+    def training_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the losses of a training step read: (last hidden states, s(0)), both [B, T, d]. Arguments [B, T]."""
+        options: dict[str, Any] = {"inputs_embeds": None, "past_key_values": None, "use_cache": False}
+        with lean_graph():
+            output, initial = self._run_attached(
+                self.network(), input_ids=input_ids, attention_mask=attention_mask, **options
+            )
+        return output.last_hidden_state, initial
+
+    def loss_spec(self, config: ShadowConfig | None = None, label_smoothing: float = 0.0) -> LossSpec:
+        """The losses of an adapter (default: the active one): their weights, and what the model does to logits."""
+        config = self.network().config if config is None else config
+        return LossSpec(
+            finish=architecture_of(self.config).finish(self.config),
+            label_smoothing=label_smoothing,
+            shadow_weight=config.auxiliary_loss_weight,
+            distillation_weight=config.distillation_weight,
+            temperature=config.distillation_temperature,
+        )
+
     def _losses(
         self,
         config: ShadowConfig,
@@ -193,13 +213,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         label_smoothing: float,
     ) -> HeadLosses:
         """All terms of the loss, behind the head that base and shadow share."""
-        spec = LossSpec(
-            finish=architecture_of(self.config).finish(self.config),
-            label_smoothing=label_smoothing,
-            shadow_weight=config.auxiliary_loss_weight,
-            distillation_weight=config.distillation_weight,
-            temperature=config.distillation_temperature,
-        )
+        spec = self.loss_spec(config, label_smoothing)
         return shared_head_losses(spec, head_of(self.base), hidden, initial, labels, num_items)
 
 
@@ -244,11 +258,10 @@ class ShadowModelForSequenceClassification(ShadowModel):
         with lean_graph(), last_block:
             output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
         assert network.head is not None and network.shadow_head is not None
-        dtype = network.head.weight.dtype
-        logits = network.head(pool_last_token(output.last_hidden_state, mask).to(dtype))
+        logits = network.head(pool_last_token(output.last_hidden_state, mask).to(network.head.weight))
         main = shadow = loss = shadow_logits = None
         if labels is not None or output_shadow_logits:
-            shadow_logits = network.shadow_head(pool_last_token(initial, mask).to(dtype))
+            shadow_logits = network.shadow_head(pool_last_token(initial, mask).to(network.shadow_head.weight))
         if labels is not None:
             assert shadow_logits is not None
             main = sequence_classification_loss(logits, labels, num_items_in_batch)

@@ -1,0 +1,128 @@
+"""Bases whose blocks lie on several devices, or on none until they run."""
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from models import randomise, tiny_base, tiny_config, tokens
+from shadowpeft import ShadowModel, get_shadow_model
+from shadowpeft.model.architectures import blocks_of, decoder_of
+from shadowpeft.train.trainer import ShadowTrainer
+
+# Four blocks: two in memory, two on disk, which accelerate fetches for the time they run.
+OFFLOADED = {
+    **{"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu"},
+    **{"model.layers.3": "disk", "model.norm": "disk", "model.rotary_emb": "cpu", "lm_head": "cpu"},
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tiny_base("llama").save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapted(base, **config):
+    torch.manual_seed(1)
+    model = get_shadow_model(base, tiny_config(**{"shadow_dropout": 0.0} | config))
+    randomise(model.network())
+    return model
+
+
+def offloaded(folder, **changes):
+    return AutoModelForCausalLM.from_pretrained(
+        folder, device_map=OFFLOADED | changes, offload_folder=folder.parent / "offload", dtype=torch.float64
+    )
+
+
+@pytest.mark.parametrize("first", ["cpu", "disk"])
+def test_blocks_on_disk_give_the_logits_gradients_and_tokens_of_blocks_in_memory(folder, first):
+    ids = tokens()
+    found = []
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    for base in (whole, offloaded(folder, **{"model.embed_tokens": first})):
+        model = adapted(base, update_norm="layernorm")
+        assert all(p.device.type == "cpu" for p in model.network().parameters())
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        gradients = {name: p.grad for name, p in model.network().named_parameters()}
+        written = model.generate(ids, max_new_tokens=5, do_sample=False)
+        found.append((output.logits.detach(), output.loss.detach(), gradients, written))
+    assert_close(found[1], found[0])
+
+
+def test_an_adapter_moves_between_a_whole_and_an_offloaded_base(folder, tmp_path):
+    model = adapted(offloaded(folder))
+    model.save_pretrained(tmp_path / "adapter")
+    again = ShadowModel.from_pretrained(
+        tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    )
+    assert_close(again(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_the_trainer_leaves_an_offloaded_base_where_it_is(folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=OFFLOADED, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    model = adapted(base, adapter_dtype="float32").train()
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, save_strategy="no")
+    rows = [{"input_ids": row, "labels": row} for row in tokens(4)]
+    before = [p.clone() for p in model.network().parameters()]
+    ShadowTrainer(model, arguments, train_dataset=rows).train()
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.network().parameters(), strict=True))
+    assert base.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
+
+
+# ---------------------------------------------------------------- a second device
+
+# Meta tensors have a device and no numbers, and the operations of Eq. 2, 4 and 7 refuse one together with a tensor in memory.
+# The way back, which the backward pass takes, is closed to them, so this is about the forward pass.
+FAR = "meta"
+
+
+def spread(base):
+    """Blocks 2 and 3, norm and head on a second device, with accelerate's hooks as ``device_map`` sets them."""
+    blocks = blocks_of(decoder_of(base))
+    for module in (base.model.embed_tokens, *blocks[:2]):
+        add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+    for module in (*blocks[2:], base.model.norm, base.lm_head):
+        add_hook_to_module(module.to(FAR), AlignDevicesHook(execution_device=FAR))
+    return base
+
+
+CONFIGS = [{}, {"scale_state": True, "inject_diagonal": True}, {"first_block": 2}, {"shadow_dropout": 0.1}]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("training", [True, False])
+def test_steps_lie_with_their_blocks_and_states_follow(monkeypatch, config, training):
+    # The one node asks autocast about the device, which knows none of this name.
+    monkeypatch.setattr("shadowpeft.core.network.step_backend", lambda *_, **__: ("autograd", "asked for"))
+    model = adapted(spread(tiny_base("llama")), **{"update_norm": "layernorm"} | config).train(training)
+    network = model.network()
+    devices = {index: network.parts(index)[0].W_down.device.type for index in range(network.config.first_block, 4)}
+    assert devices == {index: FAR if index >= 2 else "cpu" for index in devices}
+    assert {p.device.type for p in network.backbone.parameters()} == {"cpu"}
+    with torch.set_grad_enabled(training):
+        output = model(tokens(), labels=tokens(), output_logits=True)
+    assert (output.logits.device.type, output.logits.shape) == (FAR, (2, 9, 97))
+    assert output.loss.device.type == FAR
+
+
+def test_weights_that_all_steps_share_lie_in_one_place():
+    network = adapted(spread(tiny_base("llama")), share_steps=True).network()
+    assert {p.device.type for p in network.parameters()} == {"cpu"}
+
+
+def test_the_second_device_is_one_that_does_not_mix():
+    here, there = torch.zeros(2, 2), torch.zeros(2, 2, device=FAR)
+    mixtures = (
+        lambda: here - there,
+        lambda: torch.lerp(here, there, there),
+        lambda: torch.nn.functional.layer_norm(there, (2,), here[0]),
+    )
+    for mix in mixtures:
+        with pytest.raises(RuntimeError, match="is not on the expected device"):
+            mix()
