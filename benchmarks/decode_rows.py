@@ -89,22 +89,24 @@ def our_rows(
                 bytes_per_draft=shadow + num_bytes(head),
             )
         )
-    assistant = model.detach()
-    assistant.generation_config.num_assistant_tokens = 4
-    assistant.generation_config.num_assistant_tokens_schedule = "constant"
-    assistant.generation_config.assistant_confidence_threshold = 0.0
-    rows.append(
-        Contender(
-            name="ours, attached, assistant_model=detached",
-            model=model,
-            bytes_per_step=attached,
-            options={"assistant_model": assistant},
-            equal_to="ours, attached",
-            max_batch=1,
-            num_drafts=4,
-            bytes_per_draft=step_bytes(detached),
+    # The same fixed numbers of drafts for transformers' own way.
+    for num_drafts in dict.fromkeys(each.num_draft_tokens for each in speculative if not each.adaptive):
+        assistant = model.detach()
+        assistant.generation_config.num_assistant_tokens = num_drafts
+        assistant.generation_config.num_assistant_tokens_schedule = "constant"
+        assistant.generation_config.assistant_confidence_threshold = 0.0
+        rows.append(
+            Contender(
+                name=f"ours, attached, assistant_model=detached, {num_drafts} drafts",
+                model=model,
+                bytes_per_step=attached,
+                options={"assistant_model": assistant},
+                equal_to="ours, attached",
+                max_batch=1,
+                num_drafts=num_drafts,
+                bytes_per_draft=step_bytes(detached),
+            )
         )
-    )
     rows.append(Contender(name="ours, detached", model=detached, bytes_per_step=step_bytes(detached)))
     return rows
 

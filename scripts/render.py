@@ -123,6 +123,20 @@ def once_measured(name: str, table: Callable[[], str], command: str) -> str:
     return table() if (ROOT / "results" / f"{name}.json").is_file() else f"Not measured yet: `{command}`."
 
 
+def distillation_table() -> str:
+    """One row a cell of recipes/distillation_study.py."""
+    columns = ("task", "distillation", "seed", "attached", "detached", "drafts accepted", "tokens a pass")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---:|" + "---:|" * (len(columns) - 3)]
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results/distillation").glob("*.json")]
+    for cell in sorted(cells, key=lambda cell: (cell["task"], cell["variant"] != "none", cell["variant"], cell["seed"])):
+        scores = (percent(cell["scores"][mode][cell["metric"]]) for mode in ("attached", "detached"))
+        lines.append(
+            f"| {cell['task']} | {cell['variant']} | {cell['seed']} | {' | '.join(scores)} | {percent(cell['acceptance'])} "
+            f"| {cell['tokens_a_pass']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 LABELS = {"answers": "answers", "all": "all positions"}
 
 
@@ -204,6 +218,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step": partial(train_step_table, "train_step", "train_step-default", "train_step-all", every_label=False),
     "train-step-embedded": partial(train_step_table, "train_step-embedded"),
     "memory": partial(memory_table, "memory", "memory-default", "memory-151936"),
+    "distillation": distillation_table,
     "tasks": tasks_table,
     "system": partial(once_measured, "system", system_table, SYSTEM_STUDY),
     "routers": partial(once_measured, "system", routers_table, SYSTEM_STUDY),
