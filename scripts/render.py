@@ -213,6 +213,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "parity": parity_table,
     "decode-robot": partial(decode_table, "decode-robot"),
+    "decode-robot-6": partial(decode_table, "decode-robot-6"),
+    "decode-12x1024-plain": partial(decode_table, "decode-12x1024-plain"),
     "decode-12x1024": partial(decode_table, "decode-12x1024"),
     "decode-e2e": partial(decode_table, "decode-e2e"),
     "train-step": partial(train_step_table, "train_step", "train_step-default", "train_step-all", every_label=False),

@@ -101,7 +101,8 @@ def test_a_gpu_has_more_logits_in_memory(folder):
     chunks = [
         plan_training(folder, TrainConfig(**settings), Devices(kind=kind)).step.loss_chunk for kind in ("cpu", "gpu")
     ]
-    assert chunks[1] > 2 * chunks[0]
+    # 2,048 rows of logits against 1,024, beside what does not depend on them.
+    assert 1.5 * chunks[0] < chunks[1] < 2 * chunks[0]
 
 
 def test_the_longest_row_is_what_the_base_has_positions_for(folder):
