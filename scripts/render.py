@@ -150,7 +150,9 @@ def train_step_table(*names: str, every_label: bool = True) -> str:
     columns = ("labels", "dropout", "", "trained weights", "s/step", "tokens/s", "of ceiling",
                "base = 1", "LoRA = 1", "PEFT's Shadow = 1")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "|---|---|---|" + "---:|" * (len(columns) - 3)]
-    rows = [row for name in names for row in result(name)["rows"] if every_label or name != names[0] or row["labels"] == "answers"]
+    first, *others = names
+    rows = [row for row in result(first)["rows"] if every_label or row["labels"] == "answers"]
+    rows += [row for name in others for row in result(name)["rows"]]
     for row in rows:
         peers = ("base with gradients", "LoRA all linear", "HF Shadow")
         ratios = " | ".join(f"{row['ratios'][peer]:.2f}" for peer in peers)
@@ -170,7 +172,8 @@ def memory_table(*names: str) -> str:
         place = (row["vocabulary"], setting(row))
         ratios = " | ".join(f"{row['kept_mb'] / kept[(*place, peer)]:.2f}" for peer in ("LoRA all linear", "HF Shadow"))
         lines.append(
-            f"| {row['vocabulary']:,} | {setting(row)} | {row['row']} | {row['kept_mb']:,.0f} | {ratios} | {row['peak_mb']:,.0f} |"
+            f"| {row['vocabulary']:,} | {setting(row)} | {row['row']} | {row['kept_mb']:,.0f} | {ratios} "
+            f"| {row['peak_mb']:,.0f} |"
         )
     return "\n".join(lines)
 
