@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.evaluate.record import origin, write_record
 from shadowpeft.model.bases import EMBEDDED, load_model
-from shadowpeft.train.plan import StepShape, build_skeleton, trace_step
+from shadowpeft.train.plan import StepShape, build_skeleton, enable_checkpointing, trace_step
 
 AGREES = 0.15
 GIVES_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
@@ -106,8 +106,7 @@ def _train(base: Any, case: Case) -> None:
     """Three steps; the counter of the highest resident set is set back before the last."""
     model = get_shadow_model(base, shadow_of(case)).train()
     if case.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, fused=True)
     ids = torch.randint(1, model.config.vocab_size, (case.batch, case.length))

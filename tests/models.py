@@ -94,3 +94,9 @@ def randomise(module: torch.nn.Module, *, seed: int = 1, std: float = 0.2) -> No
 def tokens(batch: int = 2, length: int = 9, *, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, length), generator=generator)
+
+
+def enable_checkpointing(model: PreTrainedModel, **options: object) -> None:
+    """Under whichever of its two names this transformers release has it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(options or None)

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification, LlamaModel
 
-from models import MIXTURES, randomise, tiny_base, tiny_config, tokens
+from models import MIXTURES, enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.errors import ArchitectureError
 from shadowpeft.model.architectures import ARCHITECTURES, blocks_of, decoder_of
@@ -21,12 +21,6 @@ def adapted(model_type: str, *, dtype: torch.dtype = torch.float64, **config) ->
     model = get_shadow_model(base, tiny_config(**{"adapter_dtype": "base"} | config))
     randomise(model.network())
     return model
-
-
-def enable_checkpointing(model, **options):
-    """Under whichever of its two names this transformers release has it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable(options or None)
 
 
 def generate(model, ids, **options):

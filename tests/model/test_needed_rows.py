@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
-from models import SPECIFIC, randomise, tiny_base, tiny_config, tokens
+from models import SPECIFIC, enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.core import needed_rows
 from shadowpeft.model.architectures import blocks_of, decoder_of
@@ -112,9 +112,8 @@ def test_nothing_is_left_out_in_evaluation_or_of_a_block_that_is_computed_twice(
     inputs = {"input_ids": ids, "labels": answers(ids)}
     with torch.no_grad():
         assert set(products(model, **inputs, output_logits=False).values()) == {18}
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     expected = gradients(model, **inputs)
-    enable()
+    enable_checkpointing(model)
     assert set(products(model, **inputs).values()) == {18}
     assert_close(gradients(model, **inputs), expected, rtol=1e-9, atol=1e-11)
 

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 from transformers import TrainingArguments
 
-from models import randomise, tiny_base, tiny_config, tokens
+from models import enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import TrainConfig
@@ -26,12 +26,6 @@ def gradients(model, *, seed=3, **inputs):
     loss = model(**inputs).loss
     loss.backward()
     return loss.detach(), {name: p.grad.clone() for name, p in model.network().named_parameters()}
-
-
-def enable_checkpointing(model):
-    """Under whichever of its two names this transformers release has it."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable()
 
 
 def answers(ids):

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from shadowpeft.core.losses import is_plain_linear
+
 # Layers whose output at a position is read for the block's output at that position and no other: not keys and values.
 _ROW_WISE = frozenset(
     ["q_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "fc1", "fc2", "c_fc", "c_proj"]
@@ -27,9 +29,7 @@ _MOST_NEEDED = 0.75
 def row_wise_weights(block: nn.Module) -> frozenset[int]:
     """``id`` of the weights of a decoder block's plain linear layers that work on each position by itself."""
     layers = (module for name, module in block.named_modules() if name.rsplit(".", 1)[-1] in _ROW_WISE)
-    return frozenset(
-        id(layer.weight) for layer in layers if type(layer) is nn.Linear and type(layer.weight) in (Tensor, nn.Parameter)
-    )
+    return frozenset(id(layer.weight) for layer in layers if is_plain_linear(layer))
 
 
 class _OnlyRows(TorchFunctionMode):
@@ -43,9 +43,10 @@ class _OnlyRows(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def _at_rows(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        found = F.linear(x.flatten(0, 1).index_select(0, self._rows.to(x.device)), weight, bias)
+        rows = self._rows.to(x.device)
+        found = F.linear(x.flatten(0, 1).index_select(0, rows), weight, bias)
         whole = found.new_zeros(self._shape.numel(), found.shape[-1])
-        return whole.index_copy(0, self._rows.to(x.device), found).view(*self._shape, -1)
+        return whole.index_copy(0, rows, found).view(*self._shape, -1)
 
 
 @contextmanager

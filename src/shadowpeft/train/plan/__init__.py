@@ -3,7 +3,7 @@
 from shadowpeft.train.plan.ceilings import Ceilings, measured_ceilings
 from shadowpeft.train.plan.fit import Fit, Layout, choose
 from shadowpeft.train.plan.planning import MARGIN, Devices, Plan, plan_training
-from shadowpeft.train.plan.skeleton import Skeleton, build_skeleton, read_dtype
+from shadowpeft.train.plan.skeleton import Skeleton, build_skeleton, enable_checkpointing, read_dtype
 from shadowpeft.train.plan.trace import StepShape, StepTrace, trace_step
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "StepTrace",
     "build_skeleton",
     "choose",
+    "enable_checkpointing",
     "measured_ceilings",
     "plan_training",
     "read_dtype",

@@ -80,13 +80,17 @@ def build_skeleton(
         adapted = task_model_class(base)(base, None)
         adapted._register(adapted.active_adapter, network)
     if checkpointing:
-        # Under whichever of its two names this release of transformers has the switch.
-        enable = getattr(adapted, "activation_checkpointing_enable", None) or adapted.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        enable_checkpointing(adapted)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
         _give_fake_memory(adapted)
     return Skeleton(model=adapted.train(), mode=mode, dtype=chosen)
+
+
+def enable_checkpointing(model: Any) -> None:
+    """Recomputes blocks in the backward pass, under whichever of its two names this release of transformers has it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def read_config(model: str) -> PreTrainedConfig:
