@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import CompileConfig, GenerationConfig
 from transformers.utils import logging
 
 from decode_rows import Contender, lora_rows, our_rows, peer_rows, step_bytes
@@ -55,6 +55,7 @@ def main() -> None:
         "trials": options.trials,
         "threads": torch.get_num_threads(),
         "device": options.device,
+        "compiled": options.compiled,
         "copy_bandwidth_gb_s": round(bandwidth / 1e9, 2),
         "rows": results,
     }
@@ -78,7 +79,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--drafts", nargs="+", default=["4", "auto"], help="numbers of drafts a round, or auto")
     parser.add_argument("--draft-vocabulary", type=int, help="also draft from so many of the commonest tokens")
     parser.add_argument("--acceptance", type=float, nargs="*", help="rigged rows [default with --shape: 0.5 0.7 0.9]")
+    parser.add_argument("--rigged-drafts", type=int, default=4, help="number of drafts a round in rigged rows")
     parser.add_argument("--only", help="regular expression of rows to run beside base and attached")
+    parser.add_argument("--compiled", action="store_true", help="static caches and compiled steps, CUDA graphs on a GPU")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="[default: float32; bfloat16 on cuda]")
     parser.add_argument("--out", type=Path, help="write the record to this JSON file")
@@ -101,22 +104,32 @@ def setting(options: argparse.Namespace) -> tuple[list[Contender], Any, dict[str
     make = shape_setting if options.shape else adapter_setting
     model, plain, trials, common, described = make(options)
     network = model.network()
-    drafts = [as_settings(value) for value in options.drafts]
+    drafts = [as_settings(value, options) for value in options.drafts]
     if common:
-        drafts.append(SpeculativeConfig(num_draft_tokens=4, draft_vocabulary=common))
-    ours = our_rows(model, speculative=drafts, acceptances=options.acceptance)
+        drafts.append(SpeculativeConfig(num_draft_tokens=4, draft_vocabulary=common, compile_options=compiling(options)))
+    ours = our_rows(
+        model, speculative=drafts, acceptances=options.acceptance, rigged_drafts=options.rigged_drafts,
+        compile_options=compiling(options),
+    )  # fmt: skip
     rows = [Contender(name=BASE, model=plain, bytes_per_step=step_bytes(plain)), ours[0]]
     rows += lora_rows(plain, num_trainable=network.num_parameters())
     rows += peer_rows(plain, network.config)
-    rows += ours[1:]
+    rows += [row for row in ours[1:] if not (options.compiled and "assistant_model" in row.name)]  # refuses static caches
     wanted = re.compile(options.only or "")
     return [row for row in rows if row in rows[:2] or wanted.search(row.name)], trials, described
 
 
-def as_settings(value: str) -> SpeculativeConfig:
+def as_settings(value: str, options: argparse.Namespace) -> SpeculativeConfig:
     if value == "auto":
         return SpeculativeConfig(num_draft_tokens=8, adaptive=True)
-    return SpeculativeConfig(num_draft_tokens=int(value))
+    return SpeculativeConfig(num_draft_tokens=int(value), compile_options=compiling(options))
+
+
+def compiling(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Keywords of ``torch.compile`` for the passes of speculation; those of plain decoding are transformers' own."""
+    if not options.compiled:
+        return None
+    return {"mode": "reduce-overhead"} if options.device != "cpu" else {}
 
 
 def shape_setting(options: argparse.Namespace) -> tuple:
@@ -220,6 +233,10 @@ def run(
     """(sequences, seconds)."""
     ends = getattr(options, "end_tokens", None)
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=0, use_cache=True)
+    if options.compiled:
+        config.cache_implementation = "static"
+        config.compile_config = CompileConfig()
+        config.compile_config._compile_all_devices = options.device == "cpu"
     more = row.options(known) if callable(row.options) else row.options
     if "assistant_model" in more and new_tokens == 1:
         more = {}  # transformers drafts nothing here

@@ -53,8 +53,9 @@ def step_bytes(model: PreTrainedModel) -> int:
 
 
 def our_rows(
-    model: ShadowModelForCausalLM, *, speculative: list[SpeculativeConfig], acceptances: list[float]
-) -> list[Contender]:
+    model: ShadowModelForCausalLM, *, speculative: list[SpeculativeConfig], acceptances: list[float], rigged_drafts: int,
+    compile_options: dict[str, Any] | None = None,
+) -> list[Contender]:  # fmt: skip
     """Attached, attached with drafts (the shadow's own, and rigged ones), as an assistant, detached."""
     network, head = model.network(), model.get_output_embeddings()
     shadow = num_bytes(network.backbone, network.projection)
@@ -76,16 +77,21 @@ def our_rows(
             )
         )
     for acceptance in acceptances:
+
+        def options(known: Tensor, share: float = acceptance) -> dict[str, Any]:
+            settings = SpeculativeConfig(
+                num_draft_tokens=rigged_drafts, draft_processor=rigged(known, share), compile_options=compile_options
+            )
+            return {"speculative": settings}
+
         rows.append(
             Contender(
-                name=f"ours, attached, 4 drafts, rigged to {acceptance:.0%}",
+                name=f"ours, attached, {rigged_drafts} drafts, rigged to {acceptance:.0%}",
                 model=model,
                 bytes_per_step=attached,
-                options=lambda known, a=acceptance: {
-                    "speculative": SpeculativeConfig(num_draft_tokens=4, draft_processor=rigged(known, a))
-                },
+                options=options,
                 equal_to="ours, attached",
-                num_drafts=4,
+                num_drafts=rigged_drafts,
                 bytes_per_draft=shadow + num_bytes(head),
             )
         )

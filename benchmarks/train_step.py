@@ -9,8 +9,9 @@ round. The optimizer's step is left out: the budget, and so its cost, is the sam
 
 The ceiling is the best rate of one large matrix product in this run. The share of it counts the operations that any
 method needs to send gradients through a frozen base: 4 a weight and token of all blocks, 4 a weight of the head and
-labelled position, and those of causal attention; what a method computes beyond that lowers its share. glibc is told to
-keep freed memory, for all rows alike: without it, faults of fresh pages are the larger part of the noise.
+labelled position, and those of causal attention; what a method computes beyond that lowers its share. Peak memory, on
+a GPU, is what a step allocates at once beyond the weights. glibc is told to keep freed memory, for all rows alike:
+without it, faults of fresh pages are the larger part of the noise.
 """
 
 import argparse
@@ -56,6 +57,22 @@ def seconds_of(run: Any, device: str) -> float:
     return time.perf_counter() - started
 
 
+def peak_of(run: Any, device: str) -> float | None:
+    """MB that are allocated at the same time while it runs, beyond what was before (all rows' weights); GPUs only.
+
+    It is run once before: what a first step sets up stays.
+    """
+    run()
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
 def ceiling(device: str, dtype: torch.dtype) -> float:
     """Operations a second of the best of eight products of two large matrices."""
     size = 8192 if device == "cuda" else 2048
@@ -96,8 +113,7 @@ def compare(
     names = [name for name, package in needed.items() if package is None or find_spec(package)]
     models = {name: build(name, base, shape, dropout=dropout, device=device) for name in names}
     check_start({name: main_loss(name, model, batch) for name, model in models.items()}, dtype=dtype)
-    for model in models.values():
-        step(model, batch)
+    peaks = {name: peak_of(lambda model=model: step(model, batch), device) for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name, model in models.items():
@@ -112,6 +128,7 @@ def compare(
             "dtype": options.dtype,
             "row": name,
             "trainable": num_trainable(models[name]),
+            "peak_mb": peaks[name],
             "seconds": statistics.median(times[name]),
             "rounds": times[name],
             "tokens_per_second": shape.num_tokens / statistics.median(times[name]),
@@ -128,16 +145,17 @@ def compare(
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| vocabulary | labels | dropout | row | trainable | s/step | tokens/s | of ceiling | x base | x LoRA | x HF |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| vocabulary | labels | dropout | row | trained | peak MB | s/step | tokens/s | of ceiling | x base | x LoRA | x HF |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         dropout = "default" if row["dropout"] is None else f"{row['dropout']:g}"
         peers = ("base with gradients", "LoRA all linear", "HF Shadow")
+        peak = "-" if row["peak_mb"] is None else f"{row['peak_mb']:,.0f}"
         ratios = " | ".join(f"{row['ratios'][peer]:.2f}" if peer in row["ratios"] else "-" for peer in peers)
         lines.append(
             f"| {row['vocabulary']:,} | {row['labels']} | {dropout} | {row['row']} | {row['trainable']:,} | "
-            f"{row['seconds']:.3f} | {row['tokens_per_second']:.0f} | {row['share_of_ceiling']:.0%} | {ratios} |"
+            f"{peak} | {row['seconds']:.3f} | {row['tokens_per_second']:.0f} | {row['share_of_ceiling']:.0%} | {ratios} |"
         )
     return "\n".join(lines)
 

@@ -7,7 +7,7 @@ the gradients of the weights are summed in registers in a fixed order. Arithmeti
 states use TF32, whose mantissa is longer than theirs.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton  # type: ignore[import-not-found]
@@ -17,7 +17,20 @@ from torch import Tensor
 from shadowpeft.core.kernels.reference import StepGradients, StepOutput
 from shadowpeft.core.kernels.spec import StepSpec, StepWeights
 
-_TOKENS, _COLUMNS = 16, 64
+
+class Tiles(NamedTuple):
+    """What one program holds at a time: ``tokens`` x ``columns``, on ``warps`` warps."""
+
+    tokens: int
+    columns: int
+    warps: int = 4
+
+
+# One for each kernel: forward, backward over the tokens, backward for the weights.
+FORWARD, BACKWARD_TOKENS, BACKWARD_WEIGHTS = Tiles(16, 64), Tiles(16, 64), Tiles(16, 64)
+# With a wider r or h_g than this a program holds more, so that it takes fewer columns.
+_WIDEST_FOR_LARGE_TILES = 32
+_NARROW = Tiles(16, 64)
 # Parts of the token axis that the second backward kernel walks over at the same time.
 _MOST_SPLITS = 16
 
@@ -74,31 +87,6 @@ def _mask(seed, rows, narrow, WIDTH: tl.constexpr, dropout):
 
 
 @triton.jit
-def _moments(h, rows, stride, N, D, eps, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(mean, 1 / standard deviation) of every row, the latter from centred values."""
-    total = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        total += tl.sum(_tile(h, rows, start + tl.arange(0, BLOCK_D), stride, N, D), 1)
-    mean = total / D
-    squares = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        columns = start + tl.arange(0, BLOCK_D)
-        centred = _tile(h, rows, columns, stride, N, D) - mean[:, None]
-        squares += tl.sum(tl.where(columns[None, :] < D, centred * centred, 0.0), 1)
-    return mean, 1.0 / tl.sqrt(squares / D + eps)
-
-
-@triton.jit
-def _rms(h, rows, stride, N, D, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The root mean square of every row."""
-    squares = tl.zeros([BLOCK_T], tl.float32)
-    for start in range(0, D, BLOCK_D):
-        values = _tile(h, rows, start + tl.arange(0, BLOCK_D), stride, N, D)
-        squares += tl.sum(values * values, 1)
-    return tl.sqrt(squares / D)
-
-
-@triton.jit
 def _normed(values, columns, mean, rstd, norm_weight, norm_bias, D, HAS_NORM: tl.constexpr):
     if HAS_NORM:
         weight, bias = _vector(norm_weight, columns, D), _vector(norm_bias, columns, D)
@@ -107,21 +95,56 @@ def _normed(values, columns, mean, rstd, norm_weight, norm_bias, D, HAS_NORM: tl
 
 
 @triton.jit
-def _hidden(h, rows, narrow, stride, mean, rstd, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1, N, D, HG,
-            HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-            BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HP: tl.constexpr):  # fmt: skip
-    """What transform and gate put into their activations, [BLOCK_T, HP] each."""
+def _survey(h, rows, narrow, stride, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1, N, D, HG, eps,
+            SCALES: tl.constexpr, HAS_UPDATE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr,
+            PRECISION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr, HP: tl.constexpr):  # fmt: skip
+    """All that must be known of a token before the new state, in one walk over the width.
+
+    (mean, 1 / standard deviation, root mean square, what goes into the activations of transform and gate [BLOCK_T, HP]).
+    The norm is applied behind the products, W^T (w (h - m) / sd + b) = (W^T w (h - c) - (m - c) W^T w) / sd + W^T b,
+    around c, the mean of the first columns, so that a large mean cancels nothing.
+    """
+    centre = tl.zeros([BLOCK_T], tl.float32)
+    if HAS_NORM:
+        centre += tl.sum(_tile(h, rows, tl.arange(0, BLOCK_D), stride, N, D), 1) / tl.minimum(D, BLOCK_D)
+    total = tl.zeros([BLOCK_T], tl.float32)
+    spread = tl.zeros([BLOCK_T], tl.float32)
+    squares = tl.zeros([BLOCK_T], tl.float32)
     pre_T = tl.zeros([BLOCK_T, HP], tl.float32)
     pre_G = tl.zeros([BLOCK_T, HP], tl.float32)
+    level_T = tl.zeros([HP], tl.float32)
+    level_G = tl.zeros([HP], tl.float32)
+    bias_T = tl.zeros([HP], tl.float32)
+    bias_G = tl.zeros([HP], tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
-        x = _normed(_tile(h, rows, columns, stride, N, D), columns, mean, rstd, norm_weight, norm_bias, D, HAS_NORM)
-        pre_T += _dot(x, _tile(W_T1, columns, narrow, HG, D, HG), PRECISION)
-        pre_G += _dot(x, _tile(W_G1, columns, narrow, HG, D, HG), PRECISION)
+        x = _tile(h, rows, columns, stride, N, D)
+        if SCALES:
+            squares += tl.sum(x * x, 1)
+        if HAS_UPDATE:
+            into_T, into_G = _tile(W_T1, columns, narrow, HG, D, HG), _tile(W_G1, columns, narrow, HG, D, HG)
+            if HAS_NORM:
+                x = tl.where(columns[None, :] < D, x - centre[:, None], 0.0)
+                total += tl.sum(x, 1)
+                spread += tl.sum(x * x, 1)
+                weight, bias = _vector(norm_weight, columns, D), _vector(norm_bias, columns, D)
+                bias_T += tl.sum(bias[:, None] * into_T, 0)
+                bias_G += tl.sum(bias[:, None] * into_G, 0)
+                into_T *= weight[:, None]
+                into_G *= weight[:, None]
+                level_T += tl.sum(into_T, 0)
+                level_G += tl.sum(into_G, 0)
+            pre_T += _dot(x, into_T, PRECISION)
+            pre_G += _dot(x, into_G, PRECISION)
+    shift = total / D
+    rstd = 1.0 / tl.sqrt(tl.maximum(spread / D - shift * shift, 0.0) + eps)
+    if HAS_NORM:
+        pre_T = (pre_T - shift[:, None] * level_T[None, :]) * rstd[:, None] + bias_T[None, :]
+        pre_G = (pre_G - shift[:, None] * level_G[None, :]) * rstd[:, None] + bias_G[None, :]
     if HAS_BIAS:
         pre_T += _vector(b_T1, narrow, HG)[None, :]
         pre_G += _vector(b_G1, narrow, HG)[None, :]
-    return pre_T, pre_G
+    return centre + shift, rstd, tl.sqrt(squares / D), pre_T, pre_G
 
 
 @triton.jit
@@ -147,22 +170,20 @@ def _forward(h, s, h_out, s_out, bottleneck, scales, W_down, W_up, W_T1, W_T2, W
              HP: tl.constexpr):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     ranks, narrow = tl.arange(0, RP), tl.arange(0, HP)
-    mean = tl.zeros([BLOCK_T], tl.float32)
-    rstd = tl.zeros([BLOCK_T], tl.float32)
     act_T = tl.zeros([BLOCK_T, HP], tl.float32)
     act_G = tl.zeros([BLOCK_T, HP], tl.float32)
-    if HAS_UPDATE:
-        if HAS_NORM:
-            mean, rstd = _moments(h, rows, h_stride, N, D, eps, BLOCK_T, BLOCK_D)
-        pre_T, pre_G = _hidden(h, rows, narrow, h_stride, mean, rstd, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1,
-                               N, D, HG, HAS_NORM, HAS_BIAS, PRECISION, BLOCK_T, BLOCK_D, HP)  # fmt: skip
-        act_T, act_G = _act(pre_T, GELU), _act(pre_G, GELU)
-        if DROPS_TRANSFORM:
-            act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
     scale = tl.full([BLOCK_T], 1.0, tl.float32)
-    if SCALES:
-        scale = _rms(h, rows, h_stride, N, D, BLOCK_T, BLOCK_D)
-        tl.store(scales + rows, scale, mask=rows < N)
+    if HAS_UPDATE or SCALES:
+        _, _, rms, pre_T, pre_G = _survey(h, rows, narrow, h_stride, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1,
+                                          N, D, HG, eps, SCALES, HAS_UPDATE, HAS_NORM, HAS_BIAS, PRECISION, BLOCK_T,
+                                          BLOCK_D, HP)  # fmt: skip
+        if HAS_UPDATE:
+            act_T, act_G = _act(pre_T, GELU), _act(pre_G, GELU)
+            if DROPS_TRANSFORM:
+                act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
+        if SCALES:
+            scale = rms
+            tl.store(scales + rows, scale, mask=rows < N)
     z = tl.zeros([BLOCK_T, RP], tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
@@ -231,22 +252,23 @@ def _backward_tokens(h, s, grad_h, grad_s, grad_h_in, grad_s_in, grad_z, kept_T,
     pre_G = tl.zeros([BLOCK_T, HP], tl.float32)
     d_T = tl.zeros([BLOCK_T, HP], tl.float32)
     d_G = tl.zeros([BLOCK_T, HP], tl.float32)
-    if HAS_UPDATE:
+    scale = tl.full([BLOCK_T], 1.0, tl.float32)
+    if HAS_UPDATE or SCALES:
+        mean, rstd, rms, pre_T, pre_G = _survey(h, rows, narrow, h_stride, norm_weight, norm_bias, W_T1, W_G1, b_T1,
+                                                b_G1, N, D, HG, eps, SCALES, HAS_UPDATE, HAS_NORM, HAS_BIAS, PRECISION,
+                                                BLOCK_T, BLOCK_D, HP)  # fmt: skip
         if HAS_NORM:
-            mean, rstd = _moments(h, rows, h_stride, N, D, eps, BLOCK_T, BLOCK_D)
             tl.store(means + rows, mean, mask=rows < N)
             tl.store(rstds + rows, rstd, mask=rows < N)
-        pre_T, pre_G = _hidden(h, rows, narrow, h_stride, mean, rstd, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1,
-                               N, D, HG, HAS_NORM, HAS_BIAS, PRECISION, BLOCK_T, BLOCK_D, HP)  # fmt: skip
+        if SCALES:
+            scale = rms
+            tl.store(scales + rows, scale, mask=rows < N)
+    if HAS_UPDATE:
         act_T, act_G = _act(pre_T, GELU), _act(pre_G, GELU)
         if DROPS_TRANSFORM:
             act_T *= _mask(seed + 1, rows, narrow, HP, transform_dropout)
         _put(kept_T, act_T, rows, narrow, HG, N, HG)
         _put(kept_G, act_G, rows, narrow, HG, N, HG)
-    scale = tl.full([BLOCK_T], 1.0, tl.float32)
-    if SCALES:
-        scale = _rms(h, rows, h_stride, N, D, BLOCK_T, BLOCK_D)
-        tl.store(scales + rows, scale, mask=rows < N)
     d_scale = tl.zeros([BLOCK_T], tl.float32)
     for start in range(0, D, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
@@ -407,9 +429,10 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     s_out = None if w.W_T1 is None else torch.empty(s.shape, dtype=s.dtype, device=s.device)
     bottleneck = torch.empty(num_tokens, w.W_down.shape[1], dtype=torch.float32, device=h.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=h.device) if spec.scales_state else None
-    _forward[(triton.cdiv(num_tokens, _TOKENS),)](  # type: ignore[index]
+    tiles = _tiles(FORWARD, w)
+    _forward[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
         h, s, h_out, h_out if s_out is None else s_out, bottleneck, bottleneck if scale is None else scale,
-        *_pointers(w, h), *_numbers(spec, h, s, w, seed), **_switches(spec, h, w),
+        *_pointers(w, h), *_numbers(spec, h, s, w, seed), **_switches(spec, h, w), **_launch(tiles),
     )  # fmt: skip
     return StepOutput(h_out, s_out, bottleneck, seed, scale)
 
@@ -443,13 +466,15 @@ def backward(
     switches = _switches(spec, h, w)
     has_grad_s = grad_s is not None
     upstream = (grad_h, grad_s if grad_s is not None else grad_h)
-    _backward_tokens[(triton.cdiv(num_tokens, _TOKENS),)](  # type: ignore[index]
+    tiles = _tiles(BACKWARD_TOKENS, w)
+    _backward_tokens[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
         h, s, *upstream, grad_s_in if grad_h_in is None else grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T,
         grad_G, mean, rstd, scale, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
-        HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches,
+        HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches, **_launch(tiles),
     )  # fmt: skip
-    splits = max(min(_MOST_SPLITS, triton.cdiv(num_tokens, 8 * _TOKENS)), 1)
-    rows_a_split = triton.cdiv(triton.cdiv(num_tokens, splits), _TOKENS) * _TOKENS
+    tiles = _tiles(BACKWARD_WEIGHTS, w)
+    splits = max(min(_MOST_SPLITS, triton.cdiv(num_tokens, 8 * tiles.tokens)), 1)
+    rows_a_split = triton.cdiv(triton.cdiv(num_tokens, splits), tiles.tokens) * tiles.tokens
     wide = rank + 2 * hidden
     tall = torch.empty(splits, width, wide, dtype=torch.float32, device=h.device)
     flat = torch.empty(splits, wide, width, dtype=torch.float32, device=h.device)
@@ -457,11 +482,11 @@ def backward(
     p = dict(zip(StepWeights._fields, _pointers(w, h), strict=True))
     for unused in ("GELU", "DROPS_INJECT", "DROPS_TRANSFORM"):
         del switches[unused]
-    _backward_weights[(triton.cdiv(width, _COLUMNS), splits)](  # type: ignore[index]
+    _backward_weights[(triton.cdiv(width, tiles.columns), splits)](  # type: ignore[index]
         h, s, *upstream, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, mean, rstd, scale,
         p["W_down"], p["W_T1"], p["W_T2"], p["W_G1"], p["W_G2"], p["b_T2"], p["b_G2"], p["norm_weight"],
         p["norm_bias"], p["diagonal"], tall, flat, vectors, num_tokens, width, rank, hidden, h.stride(0), s.stride(0),
-        spec.alpha, rows_a_split, HAS_GRAD_S=has_grad_s, **switches,
+        spec.alpha, rows_a_split, HAS_GRAD_S=has_grad_s, **switches, **_launch(tiles),
     )  # fmt: skip
     found = _gradients(given, tall.sum(0), flat.sum(0), vectors.sum(0), grad_T, grad_G)
     return StepGradients(grad_h_in, grad_s_in, found)
@@ -483,6 +508,15 @@ def _gradients(
     }  # fmt: skip
     there = {name: weight for name, weight in w._asdict().items() if weight is not None}
     return StepWeights(**{name: found[name].to(weight.dtype) for name, weight in there.items()})
+
+
+def _tiles(wanted: Tiles, w: StepWeights) -> Tiles:
+    hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
+    return wanted if max(w.W_down.shape[1], hidden) <= _WIDEST_FOR_LARGE_TILES else _NARROW
+
+
+def _launch(tiles: Tiles) -> dict[str, int]:
+    return {"BLOCK_T": tiles.tokens, "BLOCK_D": tiles.columns, "num_warps": tiles.warps}
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -519,8 +553,6 @@ def _switches(spec: StepSpec, h: Tensor, w: StepWeights) -> dict[str, Any]:
         "DROPS_INJECT": spec.inject_dropout > 0,
         "DROPS_TRANSFORM": spec.transform_dropout > 0,
         "PRECISION": "ieee" if h.dtype == torch.float32 else "tf32",
-        "BLOCK_T": _TOKENS,
-        "BLOCK_D": _COLUMNS,
         "RP": max(triton.next_power_of_2(w.W_down.shape[1]), 16),
         "HP": max(triton.next_power_of_2(hidden), 16),
     }
