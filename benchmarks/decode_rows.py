@@ -197,7 +197,7 @@ def peer_rows(base: PreTrainedModel, config: ShadowConfig) -> list[Contender]:
             shadow_intermediate_size=config.shadow_intermediate_size,
         )
         model = shadow_peft.ShadowForCausalLM(shadow_peft.get_shadow_model(sharing_copy(base), theirs))
-        model = model.to(base.dtype).eval()
+        model = model.to(base.device, base.dtype).eval()
         added = sum(p.nbytes for name, p in model.named_parameters() if p.requires_grad and "embed" not in name)
         rows.append(Contender(name="authors' shadow-peft", model=model, bytes_per_step=step_bytes(base) + added))
     return rows

@@ -182,7 +182,8 @@ def _authors_shadow(base: PreTrainedModel, shape: Shape, budget: int, dropout: f
         shadow_num_attention_heads=shape.shadow_heads,
         **options,
     )
-    return shadow_peft.ShadowForCausalLM(shadow_peft.get_shadow_model(base, config), shadow_loss_weight=0.05)
+    model = shadow_peft.ShadowForCausalLM(shadow_peft.get_shadow_model(base, config), shadow_loss_weight=0.05)
+    return model.to(base.dtype)  # weights in fp32 fail on a 16-bit base
 
 
 def _ours(base: PreTrainedModel, shape: Shape, budget: int, dropout: float | None) -> nn.Module:

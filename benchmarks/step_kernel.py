@@ -199,6 +199,8 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def compiled_once(options: argparse.Namespace, asked: tuple[str, str, tuple[int, int, int]]) -> str | None:
     """Why these tiles cannot be used, or None."""
+    from triton.errors import TritonError
+
     from shadowpeft.core.kernels import triton_step
 
     preset, kernel, tiles = asked
@@ -210,15 +212,9 @@ def compiled_once(options: argparse.Namespace, asked: tuple[str, str, tuple[int,
             if kernel != "FORWARD":
                 backward(triton_step, given, forward(triton_step, given, 0), 0)
             torch.cuda.synchronize()
-    except (RuntimeError, AssertionError, triton_errors()) as error:
+    except (RuntimeError, AssertionError, TritonError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:120]
     return None
-
-
-def triton_errors() -> type[Exception]:
-    from triton.runtime.errors import OutOfResources
-
-    return OutOfResources
 
 
 def sweep_time(options: argparse.Namespace, preset: str, kernel: str, tiles: tuple[int, int, int]) -> float:

@@ -20,10 +20,13 @@ class CompiledPasses:
 
     Attributes:
         options: keywords of ``torch.compile``, for instance ``{"mode": "reduce-overhead"}`` for CUDA graphs.
+        width: tokens of the verification that is compiled, None for any number; others (the last rounds, in front of
+            the longest allowed length) are not worth a graph each and run as they are.
     """
 
     eager: Passes
     options: Mapping[str, Any]
+    width: int | None = None
 
     @property
     def cache(self) -> Cache:
@@ -39,6 +42,8 @@ class CompiledPasses:
         return state.clone(), (None if logits is None else logits.clone())
 
     def verify(self, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        if self.width not in (None, tokens.shape[1]):
+            return self.eager.verify(tokens, states, position_ids, attention_mask)
         _mark_step(tokens)
         tokens, position_ids = _packed(tokens), _packed(position_ids)
         return self._compiled(_verify)(self.eager, tokens, states, position_ids, attention_mask).clone()

@@ -71,7 +71,8 @@ def decode(
     timeline = Timeline.behind_prefill(cache, model_kwargs)
     compiled = None
     if speculative.compile_options is not None:
-        compiled = CompiledPasses(eager=passes, options=speculative.compile_options)
+        width = None if speculative.adaptive else speculative.num_draft_tokens + 1
+        compiled = CompiledPasses(eager=passes, options=speculative.compile_options, width=width)
     with recording(cache):
         statistics = _rounds(
             compiled or passes,

@@ -174,9 +174,9 @@ def _forward(h, s, h_out, s_out, bottleneck, scales, W_down, W_up, W_T1, W_T2, W
     act_G = tl.zeros([BLOCK_T, HP], tl.float32)
     scale = tl.full([BLOCK_T], 1.0, tl.float32)
     if HAS_UPDATE or SCALES:
-        _, _, rms, pre_T, pre_G = _survey(h, rows, narrow, h_stride, norm_weight, norm_bias, W_T1, W_G1, b_T1, b_G1,
-                                          N, D, HG, eps, SCALES, HAS_UPDATE, HAS_NORM, HAS_BIAS, PRECISION, BLOCK_T,
-                                          BLOCK_D, HP)  # fmt: skip
+        _mean, _rstd, rms, pre_T, pre_G = _survey(h, rows, narrow, h_stride, norm_weight, norm_bias, W_T1, W_G1, b_T1,
+                                                  b_G1, N, D, HG, eps, SCALES, HAS_UPDATE, HAS_NORM, HAS_BIAS,
+                                                  PRECISION, BLOCK_T, BLOCK_D, HP)  # fmt: skip
         if HAS_UPDATE:
             act_T, act_G = _act(pre_T, GELU), _act(pre_G, GELU)
             if DROPS_TRANSFORM:
@@ -189,7 +189,7 @@ def _forward(h, s, h_out, s_out, bottleneck, scales, W_down, W_up, W_T1, W_T2, W
         columns = start + tl.arange(0, BLOCK_D)
         state = _tile(s, rows, columns, s_stride, N, D)
         if HAS_UPDATE:
-            _, _, state = _new_state(s, state, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+            _t, _g, state = _new_state(s, state, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
                                      HAS_BIAS, PRECISION)  # fmt: skip
             _put(s_out, state, rows, columns, D, N, D)
         source = state * scale[:, None]
@@ -205,7 +205,7 @@ def _forward(h, s, h_out, s_out, bottleneck, scales, W_down, W_up, W_T1, W_T2, W
         if HAS_DIAGONAL:
             state = _tile(s, rows, columns, s_stride, N, D)
             if HAS_UPDATE:  # once more: what the first walk stored need not be visible to other threads yet
-                _, _, state = _new_state(s, state, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
+                _t, _g, state = _new_state(s, state, act_T, act_G, columns, narrow, W_T2, W_G2, b_T2, b_G2, D, HG,
                                          HAS_BIAS, PRECISION)  # fmt: skip
             lifted += _vector(diagonal, columns, D)[None, :] * state * scale[:, None]
         _put(h_out, _tile(h, rows, columns, h_stride, N, D) + alpha * lifted, rows, columns, D, N, D)
