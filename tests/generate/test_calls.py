@@ -134,7 +134,7 @@ def test_statistics_are_returned_and_can_be_collected_from_outside(model):
     assert len(collected) == 2
     assert collected[0] is out.statistics
     statistics = out.statistics
-    assert statistics.num_generated == 2 * (NEW - 1)
+    assert statistics.num_generated == 2 * NEW
     assert 0 < statistics.num_accepted < statistics.num_drafted
     assert 0 < statistics.drafting_share < 1
     assert statistics.mean_accepted_length == statistics.num_generated / statistics.num_row_rounds

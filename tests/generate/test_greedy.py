@@ -139,19 +139,39 @@ def test_never_accepted_drafts_yield_one_target_token_a_round():
     out = greedy(model, ids, speculative=rigged(plain, 1), return_dict_in_generate=True)
     assert torch.equal(out.sequences, plain)
     assert (out.statistics.num_accepted, out.statistics.mean_accepted_length) == (0, 1.0)
-    assert out.statistics.num_rounds == NEW - 1  # the prefill gives the first token
+    assert out.statistics.num_rounds == NEW
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_always_accepted_drafts_yield_all_and_one_more(batch):
     model, ids = adapted(), tokens(batch, LENGTH)
-    plain = greedy(model, ids, max_new_tokens=16, min_new_tokens=16)
-    out = greedy(
-        model, ids, max_new_tokens=16, min_new_tokens=16, speculative=rigged(plain), return_dict_in_generate=True
-    )
+    length = {"max_new_tokens": 3 * (DRAFTS + 1), "min_new_tokens": 3 * (DRAFTS + 1)}
+    plain = greedy(model, ids, **length)
+    out = greedy(model, ids, speculative=rigged(plain), return_dict_in_generate=True, **length)
     assert torch.equal(out.sequences, plain)
     assert (out.statistics.num_rounds, out.statistics.mean_accepted_length) == (3, DRAFTS + 1)
     assert out.statistics.acceptance_rate == 1.0
+
+
+def test_the_base_first_sees_the_prompt_together_with_drafts_and_the_shadow_sees_every_token_once():
+    model, ids = adapted(), tokens(1, LENGTH)
+    length = {"max_new_tokens": 2 * (DRAFTS + 1), "min_new_tokens": 2 * (DRAFTS + 1)}
+    plain = greedy(model, ids, **length)
+    seen = {"base": [], "shadow": []}
+    for name, decoder in (("base", model.base.get_decoder()), ("shadow", model.network().backbone)):
+        decoder.register_forward_pre_hook(
+            lambda _, args, kwargs, seen=seen[name]: seen.append(kwargs["position_ids"][0].tolist()), with_kwargs=True
+        )
+    greedy(model, ids, speculative=rigged(plain), **length)
+    assert seen["base"] == [list(range(LENGTH + DRAFTS)), list(range(LENGTH + DRAFTS, LENGTH + 2 * DRAFTS + 1))]
+    assert seen["shadow"][0] == list(range(LENGTH))
+    assert [place for places in seen["shadow"] for place in places] == list(range(LENGTH + 2 * DRAFTS + 1))
+
+
+def test_a_prompt_read_in_chunks_is_left_to_generate():
+    model, ids = adapted(), tokens(2, LENGTH)
+    plain = greedy(model, ids)
+    assert torch.equal(greedy(model, ids, speculative=rigged(plain, 3), prefill_chunk_size=3), plain)
 
 
 def test_sometimes_accepted_drafts_yield_tokens_up_to_the_first_wrong_one():

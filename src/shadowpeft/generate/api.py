@@ -22,6 +22,8 @@ from shadowpeft.generate.config import SpeculativeConfig, as_speculative
 from shadowpeft.generate.rollback import why_not_croppable
 from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
+from shadowpeft.model.architectures import decoder_of
+from shadowpeft.model.cache import shadow_view
 from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
 
 
@@ -108,6 +110,8 @@ def speculative_decoding(
         raise ConfigError(
             "output_attentions and output_hidden_states are not recorded while speculating; leave out speculative="
         )
+    # The shadow's layers have to be there before anything is read: what rolls back looks at all of them.
+    shadow_view(cache, base=decoder_of(model.base).config, shadow=network.backbone.config)
     reason = why_not_croppable(cache, _final_length(input_ids, generation_config, model_kwargs))
     if reason is not None:
         warnings.warn(

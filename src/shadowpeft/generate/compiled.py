@@ -20,8 +20,8 @@ class CompiledPasses:
 
     Attributes:
         options: keywords of ``torch.compile``, for instance ``{"mode": "reduce-overhead"}`` for CUDA graphs.
-        width: tokens of the verification that is compiled, None for any number; others (the last rounds, in front of
-            the longest allowed length) are not worth a graph each and run as they are.
+        width: tokens of the verification that is compiled, None for any number. Others (the last rounds, in front of
+            the longest allowed length), and passes over a prompt, are not worth a graph each and run as they are.
     """
 
     eager: Passes
@@ -35,15 +35,19 @@ class CompiledPasses:
     def draft_step(
         self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *, with_head: bool
     ) -> tuple[Tensor, Tensor | None]:
+        if tokens.shape[1] > 1:
+            return self.eager.draft_step(tokens, position_ids, attention_mask, with_head=with_head)
         # A replayed graph writes its results to the same memory again, and the states of a round are needed together.
         _mark_step(tokens)
         tokens, position_ids = _packed(tokens), _packed(position_ids)
         state, logits = self._compiled(_draft_step)(self.eager, tokens, position_ids, attention_mask, with_head)
         return state.clone(), (None if logits is None else logits.clone())
 
-    def verify(self, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if self.width not in (None, tokens.shape[1]):
-            return self.eager.verify(tokens, states, position_ids, attention_mask)
+    def verify(
+        self, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *, num_logits: int
+    ) -> Tensor:
+        if tokens.shape[1] > num_logits or self.width not in (None, num_logits):
+            return self.eager.verify(tokens, states, position_ids, attention_mask, num_logits=num_logits)
         _mark_step(tokens)
         tokens, position_ids = _packed(tokens), _packed(position_ids)
         return self._compiled(_verify)(self.eager, tokens, states, position_ids, attention_mask).clone()
@@ -71,4 +75,4 @@ def _draft_step(
 def _verify(
     passes: Passes, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None
 ) -> Tensor:
-    return passes.verify(tokens, states, position_ids, attention_mask)
+    return passes.verify(tokens, states, position_ids, attention_mask, num_logits=tokens.shape[1])

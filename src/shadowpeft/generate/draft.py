@@ -65,11 +65,13 @@ class Draft:
     """One round's proposal.
 
     Attributes:
-        window: [B, k + 1], the pending token and k drafts.
-        states: [B, k + 1, d], their s(0).
+        lead: [B, n - 1], the tokens in front of the window that are in no cache yet either: a prompt's, or none.
+        window: [B, k + 1], the last token that is settled and k drafts.
+        states: [B, n + k, d], s(0) of both.
         q: [B, k, V], what the drafts were drawn from; None if greedy.
     """
 
+    lead: Tensor
     window: Tensor
     states: Tensor
     q: Tensor | None
@@ -81,32 +83,36 @@ def draft(
     sequences: Tensor,
     places: Places,
     *,
+    num_pending: int = 1,
     num_drafts: int,
     confidence_threshold: float = 0.0,
     known: Known | None = None,
 ) -> Draft:
-    """Drafts at most ``num_drafts`` tokens behind ``sequences`` [B, T], whose last token is in no cache yet.
+    """Drafts at most ``num_drafts`` tokens behind ``sequences`` [B, T], whose last ``num_pending`` are in no cache yet.
 
-    The shadow runs once for every token of the window, the last draft included; the last needs no head.
+    The shadow runs once for every token, the last draft included; the last needs no head.
     """
-    window, states, drawn_from = [sequences[:, -1:]], [], []
-    is_sure = True
+    pending = tokens = sequences[:, -num_pending:]
+    drafts, states, drawn_from = [], [], []
+    start, is_sure = 0, True
     for place in range(num_drafts):
         if not is_sure:
             break
-        state, logits = passes.draft_step(window[-1], *places.at(place, place + 1), with_head=True)
+        stop = start + tokens.shape[1]
+        state, logits = passes.draft_step(tokens, *places.at(start, stop), with_head=True)
         assert logits is not None
         states.append(state)
-        prefix = torch.cat([sequences, *window[1:]], 1) if scoring.drafts_need_prefix else None
+        prefix = torch.cat([sequences, *drafts], 1) if scoring.drafts_need_prefix else None
         token, q, confidence = scoring.draft(logits[:, -1], prefix, with_confidence=confidence_threshold > 0)
         is_sure = confidence is None or _is_any_sure(confidence, confidence_threshold, known, place)
         token = token if known is None else known.instead_of(token, place)
-        window.append(token[:, None])
+        tokens, start = token[:, None], stop
+        drafts.append(tokens)
         drawn_from.append(q)
-    last = len(window) - 1
-    states.append(passes.draft_step(window[-1], *places.at(last, last + 1), with_head=False)[0])
+    states.append(passes.draft_step(tokens, *places.at(start, start + tokens.shape[1]), with_head=False)[0])
     return Draft(
-        window=torch.cat(window, 1),
+        lead=pending[:, :-1],
+        window=torch.cat([pending[:, -1:], *drafts], 1),
         states=torch.cat(states, 1),
         q=torch.stack(drawn_from, 1) if drawn_from and drawn_from[0] is not None else None,
     )

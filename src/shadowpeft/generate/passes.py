@@ -38,13 +38,13 @@ class Passes:
     def draft_step(
         self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *, with_head: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """The shadow over ``tokens`` [B, T] behind what it has seen: s(0) [B, T, d], and its logits if asked for them.
+        """The shadow over ``tokens`` [B, T] behind what it has seen: s(0) [B, T, d], and if asked for, its last logits.
 
-        Logits are [B, T, V], or [B, T, V'] where the draft's vocabulary is cut.
+        Logits are [B, 1, V], or [B, 1, V'] where the draft's vocabulary is cut.
         """
         inputs = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": True, **self.options}
         states = self.model._initial_state(self.network, tokens, None, self.cache, inputs)
-        return states, (self._draft_logits(states) if with_head else None)
+        return states, (self._draft_logits(states[:, -1:]) if with_head else None)
 
     def _draft_logits(self, states: Tensor) -> Tensor:
         if self.draft_weight is None:
@@ -52,8 +52,13 @@ class Passes:
         logits = F.linear(states, self.draft_weight, self.draft_bias)
         return architecture_of(self.model.config).finish_logits(self.model.config, logits)
 
-    def verify(self, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits [B, T, V] of the attached model at ``tokens``, given their s(0) [B, T, d]: the shadow does not run."""
+    def verify(
+        self, tokens: Tensor, states: Tensor, position_ids: Tensor, attention_mask: Tensor | None, *, num_logits: int
+    ) -> Tensor:
+        """Logits [B, num_logits, V] of the attached model at the last of ``tokens`` [B, T].
+
+        It is given their s(0) [B, T, d]: the shadow does not run.
+        """
         output = decoder_of(self.model.base)(
             input_ids=tokens,
             position_ids=position_ids,
@@ -63,7 +68,7 @@ class Passes:
             **{RUN_KEYWORD: ShadowRun(self.network, states)},
             **self.options,
         )
-        return self.model.lm_logits(output.last_hidden_state)
+        return self.model.lm_logits(output.last_hidden_state[:, -num_logits:])
 
 
 def make_passes(

@@ -2,7 +2,8 @@
 
 A round: the shadow drafts k tokens behind the pending one; the base looks at all k + 1 places in one pass that *reuses*
 the s(0) made while drafting; drafts are accepted by Algorithm 1 of Leviathan et al. 2023; the joint cache gives up the
-rest.
+rest. In the first round the whole prompt is pending: the shadow reads it and drafts, and the base sees it together with
+the drafts, so that no pass of the base is spent on the prompt alone.
 
 Several rows accept different numbers, but their cache is one rectangle. All rows advance by the smallest number, and
 what a row accepted beyond it is kept as settled: it takes the place of drafts in the next round and is not tested
@@ -31,6 +32,7 @@ from shadowpeft.generate.scoring import Scoring
 from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatistics, report
 from shadowpeft.generate.timeline import Timeline
 from shadowpeft.generate.written import Written
+from shadowpeft.model.architectures import head_of
 from shadowpeft.model.tasks import ShadowModelForCausalLM
 
 # Keywords of a call that both passes set themselves.
@@ -49,10 +51,8 @@ def decode(
     streamer: BaseStreamer | None,
     model_kwargs: dict[str, Any],
 ) -> SpeculativeOutput | Tensor:
-    """Prefill, then rounds until every row is finished; arguments as ``generate`` hands them to a decoding method."""
-    generating: Any = model
-    prefill = generating._prefill(input_ids, generation_config, model_kwargs)
-    cache: Cache = prefill.past_key_values
+    """Rounds until every row is finished; arguments as ``generate`` hands them to a decoding method."""
+    cache: Cache = model_kwargs["past_key_values"]
     written = Written(input_ids, stopping_criteria, generation_config, streamer)
     options = {name: value for name, value in model_kwargs.items() if name not in _OWN and not name.startswith("output_")}
     passes = make_passes(model, network, cache, options=options, draft_vocabulary=speculative.draft_vocabulary)
@@ -60,15 +60,19 @@ def decode(
         do_sample=bool(generation_config.do_sample),
         processors=logits_processor,
         draft_processor=speculative.draft_processor,
-        num_tokens=prefill.logits.shape[-1],
+        num_tokens=head_of(model).weight.shape[0],
         draft_ids=passes.draft_ids,
     )
-    logits = prefill.logits[:, -1:]
-    # The first token is plain; only its prefix is the prompt itself.
-    process: Any = logits_processor
-    scores = process(input_ids, logits[:, -1].to(torch.float32, copy=True))
-    written.append(scoring.choose(scores)[:, None], scores[:, None], logits)
-    timeline = Timeline.behind_prefill(cache, model_kwargs)
+    if _is_prompt_alone(cache, generation_config, model_kwargs):
+        timeline, before = Timeline.at_prompt(input_ids, cache, model_kwargs)
+    else:
+        generating: Any = model
+        logits = generating._prefill(input_ids, generation_config, model_kwargs).logits[:, -1:]
+        # The first token is plain; only its prefix is the prompt itself.
+        process: Any = logits_processor
+        scores = process(input_ids, logits[:, -1].to(torch.float32, copy=True))
+        written.append(scoring.choose(scores)[:, None], scores[:, None], logits)
+        timeline, before = Timeline.behind_prefill(cache, model_kwargs), None
     compiled = None
     if speculative.compile_options is not None:
         width = None if speculative.adaptive else speculative.num_draft_tokens + 1
@@ -80,11 +84,18 @@ def decode(
             written,
             timeline,
             speculative,
+            before=before,
             length=DraftLength(speculative.num_draft_tokens, adaptive=speculative.adaptive, draft_cost=draft_cost(passes)),
             max_length=generation_config.max_length,
         )
     report(statistics)
     return written.output(cache, statistics)
+
+
+def _is_prompt_alone(cache: Cache, config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
+    """Whether token ids alone are still to be read, in one go; what is special about a prompt is left to ``generate``."""
+    is_plain = model_kwargs.get("inputs_embeds") is None and config.prefill_chunk_size is None
+    return is_plain and int(cache.get_seq_length()) == 0
 
 
 def _rounds(
@@ -94,10 +105,11 @@ def _rounds(
     timeline: Timeline,
     speculative: SpeculativeConfig,
     *,
+    before: Tensor | None,
     length: DraftLength,
     max_length: int,
 ) -> SpeculativeStatistics:
-    """Rounds until every row is finished."""
+    """Rounds until every row is finished; ``before``: positions of pending tokens in front of the last one, if any."""
     # A row may have finished with its first token.
     known = written.remaining(Known.nothing_behind(written.sequences), 0, max_drafts=speculative.num_draft_tokens)
     totals = dict.fromkeys(("num_rounds", "num_drafted", "num_tested", "num_accepted", "num_generated", "num_row_rounds"), 0)
@@ -106,11 +118,13 @@ def _rounds(
         sequences, at_start = written.sequences, time.perf_counter()
         # A round adds one token more than it drafts; what would lie past the end is not drafted.
         num_drafts = max(min(length.next(), max_length - sequences.shape[1] - 1), 0)
+        num_pending = 1 if before is None else before.shape[1] + 1
         proposal = draft(
             passes,
             scoring,
             sequences,
-            timeline.places(num_drafts + 1),
+            timeline.places(num_drafts + 1, before=before),
+            num_pending=num_pending,
             num_drafts=num_drafts,
             confidence_threshold=speculative.confidence_threshold,
             known=known,
@@ -118,7 +132,9 @@ def _rounds(
         drafting += time.perf_counter() - at_start
         window = proposal.window
         width = window.shape[1]
-        logits = passes.verify(window, proposal.states, *timeline.places(width).at(0, width))
+        places = timeline.places(width, before=before).at(0, num_pending - 1 + width)
+        tokens = torch.cat([proposal.lead, window], 1)
+        logits = passes.verify(tokens, proposal.states, *places, num_logits=width)
         scores = scoring.target(logits, sequences, window)
         forced = None if known is None else known.forced(width - 1)
         if scoring.do_sample:
@@ -131,6 +147,7 @@ def _rounds(
         num_written = written.append(settled.tokens[:, : counts.advance], scores, logits)
         roll_back(passes.cache, width - num_written)
         timeline.advance(num_written)
+        before = None
         known = written.remaining(settled, num_written, max_drafts=speculative.num_draft_tokens)
         length.observe(counts.num_accepted, counts.num_tested)
         totals["num_rounds"] += 1

@@ -13,15 +13,16 @@ class SpeculativeStatistics:
     """Counts of one ``generate`` call; tokens are summed over its rows, finished rows left out.
 
     Attributes:
-        num_rounds: passes of the base after the prefill, each over a pending token and its drafts.
+        num_rounds: passes of the base, each over what is pending (first the prompt, then one token) and its drafts. What
+            ``generate`` reads before them (input embeddings, a prompt in chunks or behind a cache) is none.
         num_drafted: tokens that the shadow drafted.
         num_tested: those up to the first of a round that fell, itself included; what is behind it is not looked at.
         num_accepted: those that stood.
         num_generated: tokens that the rounds added, in rows that were not finished.
         num_row_rounds: rounds times rows that took part.
         seconds: wall clock of all rounds.
-        seconds_drafting: the part of it spent in the shadow and its head. On a GPU this is the time of the host, which
-            runs ahead of the device.
+        seconds_drafting: the part of it spent in the shadow and its head, the prompt's s(0) included. On a GPU this is
+            the time of the host, which runs ahead of the device.
     """
 
     num_rounds: int = 0
