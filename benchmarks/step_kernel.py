@@ -14,8 +14,9 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -170,47 +171,47 @@ KERNELS = ("FORWARD", "BACKWARD_TOKENS", "BACKWARD_WEIGHTS")
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Times of the three kernels for many tile sizes at the last width, each behind the best of those before it."""
-    from shadowpeft.core.kernels import triton_step
-
-    choices = [
-        (tokens, columns, warps)
-        for tokens, columns in itertools.product(options.sweep_tokens, options.sweep_columns)
-        for warps in (4, 8)
-    ]
-    asked = [(preset, kernel, tiles) for preset in options.presets for kernel in KERNELS for tiles in choices]
+    """Times of the three kernels for many tile sizes at the last width; those of a backward kernel include the other's."""
+    choices = itertools.product(options.sweep_tokens, options.sweep_columns, (4, 8))
+    asked = list(itertools.product(options.presets, KERNELS, choices))
     # Compiling takes long and is kept on disk; processes share the work.
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("spawn")) as pool:
         obstacles = list(pool.map(partial(compiled_once, options), asked))
     found = []
-    for (preset, kernel, tiles), obstacle in zip(asked, obstacles, strict=True):
-        line = {"preset": preset, "kernel": kernel, "tiles": tiles, "obstacle": obstacle}
+    for each, obstacle in zip(asked, obstacles, strict=True):
+        line = dict(zip(("preset", "kernel", "tiles"), each, strict=True)) | {"obstacle": obstacle}
         if obstacle is None:
-            line["ms"] = sweep_time(options, preset, kernel, tiles)
+            line["ms"] = sweep_time(options, *each)
         found.append(line)
         print(line, flush=True)
-        if tiles == choices[-1]:
-            mine = [each for each in found if each["preset"] == preset and each["kernel"] == kernel and "ms" in each]
-            best = min(mine, key=lambda each: each["ms"])
-            setattr(triton_step, kernel, triton_step.Tiles(*best["tiles"]))
-            print("best", best, flush=True)
     return found
+
+
+@contextmanager
+def tiles_of(preset: str, kernel: str, tiles: tuple[int, int, int]) -> Iterator[Any]:
+    """The kernels' module with other tiles for one kernel, within the block."""
+    from shadowpeft.core.kernels import triton_step
+
+    choices = getattr(triton_step, kernel)
+    variant = "update" if ShadowConfig.preset(preset).use_update else "no update"
+    before, choices[variant] = choices[variant], triton_step.Tiles(*tiles)
+    try:
+        yield triton_step
+    finally:
+        choices[variant] = before
 
 
 def compiled_once(options: argparse.Namespace, asked: tuple[str, str, tuple[int, int, int]]) -> str | None:
     """Why these tiles cannot be used, or None."""
     from triton.errors import TritonError
 
-    from shadowpeft.core.kernels import triton_step
-
     preset, kernel, tiles = asked
-    setattr(triton_step, kernel, triton_step.Tiles(*tiles))
     given = problem(preset, options.widths[-1], options.tokens, options.dtype, options.device, sets=2)
     try:
-        with torch.no_grad():
-            check(triton_step, given)
+        with torch.no_grad(), tiles_of(preset, kernel, tiles) as way:
+            check(way, given)
             if kernel != "FORWARD":
-                backward(triton_step, given, forward(triton_step, given, 0), 0)
+                backward(way, given, forward(way, given, 0), 0)
             torch.cuda.synchronize()
     except (RuntimeError, AssertionError, TritonError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0][:120]
@@ -218,14 +219,12 @@ def compiled_once(options: argparse.Namespace, asked: tuple[str, str, tuple[int,
 
 
 def sweep_time(options: argparse.Namespace, preset: str, kernel: str, tiles: tuple[int, int, int]) -> float:
-    from shadowpeft.core.kernels import triton_step
-
-    setattr(triton_step, kernel, triton_step.Tiles(*tiles))
     given = problem(preset, options.widths[-1], options.tokens, options.dtype, options.device)
-    run = partial(forward, triton_step, given)
-    if kernel != "FORWARD":
-        run = partial(backward, triton_step, given, forward(triton_step, given, 0))
-    timed = milliseconds(run, len(given.states), options.device)
+    with tiles_of(preset, kernel, tiles) as way:
+        run = partial(forward, way, given)
+        if kernel != "FORWARD":
+            run = partial(backward, way, given, forward(way, given, 0))
+        timed = milliseconds(run, len(given.states), options.device)
     return statistics.median(timed() for _ in range(options.rounds))
 
 

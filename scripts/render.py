@@ -163,6 +163,33 @@ def train_step_table(*names: str, every_label: bool = True) -> str:
     return "\n".join(lines)
 
 
+def train_step_gpu_table(*names: str) -> str:
+    """As :func:`train_step_table`, with the shape and what a step allocates at once."""
+    columns = ("shape", "", "trained weights", "peak GB", "ms/step", "of ceiling", "base = 1", "LoRA = 1", "PEFT's Shadow = 1",
+               "peak, LoRA = 1")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for name in names:
+        rows = result(name)["rows"]
+        lora = next(row["peak_mb"] for row in rows if row["row"] == "LoRA all linear")
+        for row in rows:
+            peers = ("base with gradients", "LoRA all linear", "HF Shadow")
+            ratios = " | ".join(f"{row['ratios'][peer]:.2f}" for peer in peers)
+            lines.append(
+                f"| {row['shape']} | {row['row']} | {row['trainable']:,} | {row['peak_mb'] / 1000:.1f} "
+                f"| {1000 * row['seconds']:,.0f} | {row['share_of_ceiling']:.2f} | {ratios} | {row['peak_mb'] / lora:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def step_kernel_table() -> str:
+    columns = ("preset", "width", "", "pass", "us", "floor us", "floor = 1")
+    lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---|---:|---:|---:|"]
+    for row in result("step_kernel")["rows"]:
+        times = f"{1000 * row['ms']:.0f} | {1000 * row['floor_ms']:.0f} | {row['x_floor']:.1f}"
+        lines.append(f"| {row['preset']} | {row['width']} | {row['way']} | {row['pass']} | {times} |")
+    return "\n".join(lines)
+
+
 def memory_table(*names: str) -> str:
     rows = [row for name in names for row in result(name)["rows"]]
     kept = {(row["vocabulary"], setting(row), row["row"]): row["kept_mb"] for row in rows}
@@ -222,6 +249,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-e2e": partial(decode_table, "decode-e2e"),
     "train-step": partial(train_step_table, "train_step", "train_step-default", "train_step-all", every_label=False),
     "train-step-embedded": partial(train_step_table, "train_step-embedded"),
+    "train-step-gpu": partial(train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),
+    "step-kernel": step_kernel_table,
+    "decode-12x1024-gpu": partial(decode_table, "decode-12x1024-gpu"),
     "memory": partial(memory_table, "memory", "memory-default", "memory-151936"),
     "distillation": distillation_table,
     "tasks": tasks_table,

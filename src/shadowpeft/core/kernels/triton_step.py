@@ -26,8 +26,10 @@ class Tiles(NamedTuple):
     warps: int = 4
 
 
-# One for each kernel: forward, backward over the tokens, backward for the weights.
-FORWARD, BACKWARD_TOKENS, BACKWARD_WEIGHTS = Tiles(16, 64), Tiles(16, 64), Tiles(16, 64)
+# Fastest of those tried at 4096 tokens x 4096 (H200, bf16): see LOG.md, 2026-11-26.
+FORWARD = {"update": Tiles(32, 64), "no update": Tiles(32, 256)}
+BACKWARD_TOKENS = {"update": Tiles(32, 64), "no update": Tiles(16, 256)}
+BACKWARD_WEIGHTS = {"update": Tiles(32, 128), "no update": Tiles(32, 128)}
 # With a wider r or h_g than this a program holds more, so that it takes fewer columns.
 _WIDEST_FOR_LARGE_TILES = 32
 _NARROW = Tiles(16, 64)
@@ -510,9 +512,10 @@ def _gradients(
     return StepWeights(**{name: found[name].to(weight.dtype) for name, weight in there.items()})
 
 
-def _tiles(wanted: Tiles, w: StepWeights) -> Tiles:
-    hidden = 1 if w.W_T1 is None else w.W_T1.shape[1]
-    return wanted if max(w.W_down.shape[1], hidden) <= _WIDEST_FOR_LARGE_TILES else _NARROW
+def _tiles(choices: dict[str, Tiles], w: StepWeights) -> Tiles:
+    if w.W_T1 is None:
+        return choices["no update"] if w.W_down.shape[1] <= _WIDEST_FOR_LARGE_TILES else _NARROW
+    return choices["update"] if max(w.W_down.shape[1], w.W_T1.shape[1]) <= _WIDEST_FOR_LARGE_TILES else _NARROW
 
 
 def _launch(tiles: Tiles) -> dict[str, int]:
