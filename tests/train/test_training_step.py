@@ -1,9 +1,11 @@
 """What a training step must survive: checkpointing, packing, compiling, DDP; and what its optimizer does."""
 
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import TrainingArguments
+from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening, TrainingArguments
 
 from models import enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowConfig, get_shadow_model
@@ -69,6 +71,42 @@ def test_the_shadow_of_a_packed_example_does_not_see_the_one_before(model_type):
         assert_close(packed.shadow_logits[:, place], alone.shadow_logits)
     one_row = model(torch.cat([first, second], 1), output_shadow_logits=True)
     assert (one_row.shadow_logits[:, 5:] - packed.shadow_logits[:, 5:]).abs().max() > 1e-3, "positions that go on do see it"
+
+
+def varlen_attention(module, query, key, value, attention_mask, *, cu_seq_lens_q, scaling, **kwargs):
+    """Flash attention's interface for packed rows, on a CPU: no mask, the examples' borders in ``cu_seq_lens_q``."""
+    assert attention_mask is None
+    groups = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+    borders = cu_seq_lens_q.tolist()
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            *(x[:, :, start:stop] for x in (query, key, value)), is_causal=True, scale=scaling
+        )
+        for start, stop in itertools.pairwise(borders)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_varlen_kernels_get_the_borders_in_both_paths(model_type):
+    """What flash attention is given for packed rows, by transformers' own collator; the kernel itself needs a GPU."""
+    AttentionInterface.register("varlen_cpu", varlen_attention)
+    AttentionMaskInterface.register("varlen_cpu", lambda *args, **kwargs: None)
+    base = tiny_base(model_type)
+    base.set_attn_implementation("varlen_cpu")
+    model = get_shadow_model(base, tiny_config(shadow_dropout=0.0)).train()
+    randomise(model.network())
+    parts = [tokens(1, 5, seed=1), tokens(1, 7, seed=2)]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collator([{"input_ids": part[0].tolist()} for part in parts])
+    packed = gradients(model, **batch)
+    alone = []
+    for part in parts:
+        borders = torch.tensor([0, part.shape[1]])
+        alone.append(gradients(model, input_ids=part, labels=part, num_items_in_batch=10, cu_seq_lens_q=borders))
+    assert_close(packed[0], alone[0][0] + alone[1][0])
+    assert_close(packed[1], {name: alone[0][1][name] + alone[1][1][name] for name in packed[1]})
 
 
 # Raised inside torch, when Dynamo traces the backward of any torch.autograd.Function.
