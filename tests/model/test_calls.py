@@ -65,8 +65,8 @@ def test_no_tensor_is_kept_after_a_forward(monkeypatch):
     kept = []
     original = ShadowRun.__init__
 
-    def remember(self, network, initial):
-        original(self, network, initial)
+    def remember(self, network, initial, **options):
+        original(self, network, initial, **options)
         kept.append(weakref.ref(initial))
 
     monkeypatch.setattr(ShadowRun, "__init__", remember)

@@ -123,10 +123,6 @@ def _evaluate(argument: Any, known: dict[int, Tensor]) -> Any:
     return argument
 
 
-class _Unresolved(Exception):
-    """An expression reaches a tensor that is not kept."""
-
-
 class _Recorder(TorchFunctionMode):
     """Notes, for the time of one forward pass, how cheap results came about and what is kept."""
 
@@ -137,10 +133,9 @@ class _Recorder(TorchFunctionMode):
         self._kept: dict[int, _Kept] = {}
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = func(*args, **kwargs) if kwargs else func(*args)
         if func in _CHEAP and isinstance(result, Tensor) and result.requires_grad:
-            self._note(result, func, args, kwargs)
+            self._note(result, func, args, kwargs or {})
         return result
 
     def _note(self, result: Tensor, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -167,10 +162,9 @@ class _Recorder(TorchFunctionMode):
 
     def _expressed(self, view: _View) -> "_Window | None":
         """``view`` by way of what is kept already, or of the narrower tensor it was cast from."""
-        try:
-            return self._window(view, {})
-        except _Unresolved:
-            origin = self._origins.get(view.key)
+        found, origin = self._window(view, {}), self._origins.get(view.key)
+        if found is not None:
+            return found
         if origin is None or origin.narrow is None or origin.version != view.version:
             return None
         self._keep(origin.narrow, _View.of(origin.narrow))
@@ -178,28 +172,37 @@ class _Recorder(TorchFunctionMode):
 
     def _keep(self, tensor: Tensor, view: _View) -> _Window:
         # The alias spans all of the storage, so that any other view of it can be taken from it.
-        whole = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-        self._kept[view.key] = _Kept(whole, self._outer)
-        return _Window(self._kept[view.key], view)
+        size = tensor.untyped_storage().nbytes() // tensor.element_size()
+        whole = tensor.detach() if tensor.numel() == size and tensor.is_contiguous() else tensor.as_strided((size,), (1,), 0)
+        kept = self._kept[view.key] = _Kept(whole, self._outer)
+        return _Window(kept, view)
 
-    def _window(self, view: _View, made: dict[int, "_Expression"]) -> _Window:
+    def _window(self, view: _View, made: dict[int, "_Expression"]) -> "_Window | None":
+        """None where an expression reaches a tensor that is not kept."""
         kept = self._kept.get(view.key)
-        if kept is not None and (kept.version, kept.dtype) == (view.version, view.dtype):
+        if kept is not None and kept.version == view.version and kept.dtype == view.dtype:
             return _Window(kept, view)
         origin = self._origins.get(view.key)
         if origin is None or origin.version != view.version:
-            raise _Unresolved
+            return None
         if view.key not in made:
-            arguments = tuple(self._resolved(argument, made) for argument in origin.arguments)
-            made[view.key] = _Expression(origin.function, arguments, origin.options)
+            arguments = self._resolved(origin.arguments, made)
+            if arguments is None:
+                return None
+            made[view.key] = _Expression(origin.function, tuple(arguments), origin.options)
         return _Window(made[view.key], view)
 
-    def _resolved(self, argument: Any, made: dict[int, "_Expression"]) -> Any:
-        if isinstance(argument, _View):
-            return self._window(argument, made)
-        if isinstance(argument, list):
-            return [self._resolved(item, made) for item in argument]
-        return argument
+    def _resolved(self, arguments: Any, made: dict[int, "_Expression"]) -> list | None:
+        found = []
+        for argument in arguments:
+            is_constant = not isinstance(argument, _View | list)
+            each = argument
+            if not is_constant:
+                each = self._window(argument, made) if isinstance(argument, _View) else self._resolved(argument, made)
+                if each is None:
+                    return None
+            found.append(each)
+        return found
 
     def clear(self) -> None:
         self._origins.clear()
@@ -224,6 +227,8 @@ def _handle(argument: Any) -> Any:
 def _unpack(window: "_Window | _Kept") -> Tensor:
     if isinstance(window, _Kept):
         return window.tensor()
+    if not torch.is_grad_enabled():  # as in any backward pass but one that is differentiated again
+        return window.value({})
     with torch.no_grad():
         return window.value({})
 

@@ -1,5 +1,8 @@
 """The state of one forward pass."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,12 +19,16 @@ class ShadowRun:
     Args:
         network: whose steps refine this call.
         initial: s(0), [B, T, d] (Eq. 1).
+        before_block: (index of a block, what to call when its input is ready), if anything.
     """
 
-    __slots__ = ("_needs_grad", "_states", "initial", "network")
+    __slots__ = ("_before_block", "_needs_grad", "_states", "initial", "network")
 
-    def __init__(self, network: ShadowNetwork, initial: Tensor) -> None:
+    def __init__(
+        self, network: ShadowNetwork, initial: Tensor, *, before_block: tuple[int, Callable[[], Any]] | None = None
+    ) -> None:
         self.network = network
+        self._before_block = before_block
         self.initial = initial
         self._needs_grad = torch.is_grad_enabled() and initial.requires_grad
         self._states: dict[int, Tensor] = {-1: initial}
@@ -49,4 +56,6 @@ class ShadowRun:
             self._states.setdefault(block_index, state)
         else:
             self._states = {block_index: state}
+        if self._before_block is not None and self._before_block[0] == block_index:
+            self._before_block[1]()
         return corrected

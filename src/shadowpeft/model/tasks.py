@@ -1,7 +1,6 @@
 """The two task models: causal language modelling and sequence classification."""
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,11 +113,13 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
         if output_logits is None:
             output_logits = labels is None or not self.training
-        last_block = nullcontext()
+        last_block = None
         if labels is not None and not output_logits:
             last_block = self._last_block_at(next_token_labels(labels) != IGNORE, kwargs)
-        with lean_graph(), last_block:
-            output, initial = self._run_attached(network, use_cache=self._default_use_cache(use_cache, labels), **inputs)
+        with lean_graph():
+            output, initial = self._run_attached(
+                network, use_cache=self._default_use_cache(use_cache, labels), last_block=last_block, **inputs
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = output.last_hidden_state
         losses = None
@@ -252,11 +253,11 @@ class ShadowModelForSequenceClassification(ShadowModel):
         if network is None:
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
         mask = self._padding_mask(input_ids, attention_mask)
-        given, last_block = input_ids if inputs_embeds is None else inputs_embeds, nullcontext()
+        given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
         if labels is not None and given is not None:
             last_block = self._last_block_at(last_token(given, mask), kwargs)
-        with lean_graph(), last_block:
-            output, initial = self._run_attached(network, use_cache=bool(use_cache), **inputs)
+        with lean_graph():
+            output, initial = self._run_attached(network, use_cache=bool(use_cache), last_block=last_block, **inputs)
         assert network.head is not None and network.shadow_head is not None
         logits = network.head(pool_last_token(output.last_hidden_state, mask).to(network.head.weight))
         main = shadow = loss = shadow_logits = None

@@ -1,6 +1,7 @@
 """The models that users hold: a base with its adapters, which can be saved, loaded, detached and run."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -156,34 +157,40 @@ class ShadowModel(AdaptedModel):
         inputs_embeds: Tensor | None,
         past_key_values: Cache | None,
         use_cache: bool,
+        last_block: AbstractContextManager[None] | None = None,
         **kwargs: Any,
     ) -> tuple[Any, Tensor]:
-        """(output of the base's decoder, s(0) [B, T, d])."""
+        """(output of the base's decoder, s(0) [B, T, d]); ``last_block`` is entered for the last block alone."""
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         shared = {"attention_mask": attention_mask, "use_cache": use_cache}
         initial = self._initial_state(network, input_ids, inputs_embeds, past_key_values, shared | _without(kwargs, _BASE_ONLY))
-        output = decoder_of(self.base)(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            past_key_values=past_key_values,
-            shadow_run=ShadowRun(network, initial),
-            **shared,
-            **kwargs,
-        )
+        decoder = decoder_of(self.base)
+        with ExitStack() as stack:
+            before = None
+            if last_block is not None:
+                before = (len(blocks_of(decoder)) - 1, partial(stack.enter_context, last_block))
+            output = decoder(
+                input_ids=input_ids,
+                inputs_embeds=inputs_embeds,
+                past_key_values=past_key_values,
+                shadow_run=ShadowRun(network, initial, before_block=before),
+                **shared,
+                **kwargs,
+            )
         return output, initial
 
-    def _last_block_at(self, needed: Tensor, options: dict[str, Any]) -> AbstractContextManager[None]:
+    def _last_block_at(self, needed: Tensor, options: dict[str, Any]) -> AbstractContextManager[None] | None:
         """For a training pass of which only the last hidden states where ``needed`` [B, T] is true are read.
 
-        ``options``: of the call. Does nothing where more than those is asked for, without gradients, inside
+        ``options``: of the call. None where more than those is asked for, without gradients, inside
         torch.compile, and where the last block is computed again in the backward pass, which is outside of this.
         """
         reports = any(options.get(name, getattr(self.config, name, False)) for name in _REPORTS)
         block = blocks_of(decoder_of(self.base))[-1]
         once = isinstance(block, GradientCheckpointingLayer) and not block.gradient_checkpointing
         if reports or not once or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return nullcontext()
+            return None
         return only_rows(row_wise_weights(block), needed)
 
     def _initial_state(
