@@ -5,16 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from shadowpeft import ShadowModel
-from shadowpeft.errors import CheckpointError
+from shadowpeft import ShadowConfig, ShadowModel, get_shadow_model
+from shadowpeft.errors import CheckpointError, ConfigError
 from shadowpeft.model.checkpoint import save_adapter
+from shadowpeft.train import trainer
 from shadowpeft.train.checkpoints import newest_checkpoint
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.run import train
@@ -36,7 +39,7 @@ def alone(bench):
     return bench / "alone"
 
 
-def launch(config, start, run_file, *flags):
+def launch(config, start, run_file, *flags, **environment):
     """``accelerate launch`` with two processes; ``start`` is what each of them runs."""
     command = [
         sys.executable,
@@ -49,7 +52,10 @@ def launch(config, start, run_file, *flags):
     ]
     arguments = ["train", "--config", run_file, *flags]
     done = subprocess.run(
-        [*command, *start, *arguments], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        [*command, *start, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
@@ -109,9 +115,6 @@ def _check_resume(config, run_file, folder):
 def test_one_process_alone_cannot_save_sharded_weights_and_is_told_so(bench, tmp_path):
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
-    from transformers import AutoModelForCausalLM
-
-    from shadowpeft import ShadowConfig, get_shadow_model
 
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -132,5 +135,30 @@ def test_every_shipped_config_is_one_that_accelerate_reads():
     from accelerate.commands.config.config_args import load_config_from_file
 
     kinds = {path.name: load_config_from_file(str(path)).distributed_type.value for path in CONFIGS.glob("*.yaml")}
-    deepspeed = {"zero2.yaml": "DEEPSPEED", "zero3.yaml": "DEEPSPEED"}
-    assert kinds == {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP"} | deepspeed
+    assert kinds == {"ddp.yaml": "MULTI_GPU", "fsdp2.yaml": "FSDP", "zero2.yaml": "DEEPSPEED"}
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+def test_zero2_trains_as_one_process_does(bench, alone, tmp_path):
+    config, run_file = tmp_path / "zero2.yaml", tmp_path / "run.yaml"
+    config.write_text((CONFIGS / "zero2.yaml").read_text().replace("use_cpu: false", "use_cpu: true"))
+    run_file.write_text(yaml.safe_dump(settings(bench, tmp_path / "run", batch_size=2)))
+    launch(config, ["-m", "shadowpeft"], run_file, DS_ACCELERATOR="cpu")
+    expected, found = torch.tensor(log_of(alone)), torch.tensor(log_of(tmp_path / "run"))
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-4)  # as above
+    _check_adapter(tmp_path / "run" / "adapter", alone / "adapter")
+
+
+def test_zero3_is_refused_with_what_to_use_instead(bench):
+    base = AutoModelForCausalLM.from_pretrained(bench / "base")
+    base.lm_head.weight.ds_id = 0  # DeepSpeed's mark on a weight that it has cut
+    with pytest.raises(ConfigError, match=r"ZeRO-3 cuts .*fsdp2\.yaml"):
+        get_shadow_model(base, ShadowConfig(**SHADOW))
+
+
+def test_zero3_is_refused_by_the_trainer_too(bench, tmp_path, monkeypatch):
+    """DeepSpeed may cut a model that was built whole."""
+    model = get_shadow_model(AutoModelForCausalLM.from_pretrained(bench / "base"), ShadowConfig(**SHADOW))
+    monkeypatch.setattr(trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(ConfigError, match="ZeRO-3"):
+        trainer.ShadowTrainer(model, TrainingArguments(output_dir=tmp_path, report_to="none"))

@@ -13,7 +13,7 @@ from shadowpeft.train.plan.units import parse_bytes, parse_rate, readable
 LAUNCH = {
     "single": "one process: shadowpeft train",
     "ddp": "DDP: recipes/accelerate/ddp.yaml",
-    "sharded": "FSDP2 or ZeRO-3: recipes/accelerate/fsdp2.yaml, zero3.yaml",
+    "sharded": "FSDP2: recipes/accelerate/fsdp2.yaml",
 }
 
 

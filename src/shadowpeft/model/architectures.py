@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from shadowpeft.core.head_loss import LogitFinish
-from shadowpeft.errors import ArchitectureError
+from shadowpeft.errors import ArchitectureError, ConfigError
 
 
 def _plain(config: PreTrainedConfig) -> LogitFinish:
@@ -138,7 +138,9 @@ def check_base(model: PreTrainedModel, *, first_block: int) -> None:
 
     Raises:
         ArchitectureError: unknown type, bare decoder, too few blocks, projected OPT embeddings.
+        ConfigError: weights cut into shards by DeepSpeed ZeRO-3.
     """
+    refuse_zero3(any(hasattr(parameter, "ds_id") for parameter in model.parameters()))
     architecture_of(model.config)
     task = type(model).__name__
     if not task.endswith(("ForCausalLM", "LMHeadModel", "ForSequenceClassification")):
@@ -152,6 +154,19 @@ def check_base(model: PreTrainedModel, *, first_block: int) -> None:
     if first_block >= num_blocks:
         raise ArchitectureError(f"first_block={first_block} is past the last of the base's {num_blocks} blocks")
     _check_opt(model.config)
+
+
+def refuse_zero3(is_zero3: bool) -> None:
+    """DeepSpeed gathers weights when the module that owns them is called; losses and steps read them outside of that.
+
+    Raises:
+        ConfigError: ``is_zero3``.
+    """
+    if is_zero3:
+        raise ConfigError(
+            "DeepSpeed ZeRO-3 cuts the base into shards that a shadow cannot read; use FSDP2, which shards it too "
+            "(recipes/accelerate/fsdp2.yaml), or ZeRO-2 (zero2.yaml)"
+        )
 
 
 def _check_opt(config: PreTrainedConfig) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from shadowpeft.errors import CheckpointError
 from shadowpeft.model import ShadowModel
+from shadowpeft.model.architectures import refuse_zero3
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
 from shadowpeft.model.sharded import is_sharded
 from shadowpeft.model.tasks import ShadowModelForCausalLM
@@ -30,6 +32,7 @@ class ShadowTrainer(SafeTrainer):
 
     def __init__(self, *args: Any, shadow_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        refuse_zero3(isinstance(self.model, ShadowModel) and is_deepspeed_zero3_enabled())
         self._shadow_lr_multiplier = shadow_lr_multiplier
         # transformers smooths labels on logits it asks for; here both losses do it behind the head, without any.
         smooths = self.label_smoother is not None and isinstance(self.model, ShadowModelForCausalLM)

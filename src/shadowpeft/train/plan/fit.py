@@ -15,7 +15,7 @@ class Layout:
     """What each process holds.
 
     Attributes:
-        kind: ``single`` (one process), ``ddp`` (each holds everything) or ``sharded`` (FSDP2, ZeRO-3).
+        kind: ``single`` (one process), ``ddp`` (each holds everything) or ``sharded`` (FSDP2).
         processes: their number.
         block_bytes: of every block, the units that sharding gathers one after the other.
     """
