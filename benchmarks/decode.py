@@ -5,8 +5,8 @@
     python benchmarks/decode.py --tiny
 
 All contenders generate in turn from the same prompts in one process; times are medians over trials and ratios are
-medians of ratios within a trial. Prefill is a generation of one token; what further tokens take is the rest. Equal
-tokens are asserted.
+medians of ratios within a trial. Prefill is a generation of one token; what further tokens take is the rest, and
+both together are the whole. Equal tokens are asserted.
 """
 
 import argparse
@@ -195,7 +195,7 @@ def measure_batch(
     rows: list[Contender], trials: list[Prompts], options: argparse.Namespace, *, batch: int, bandwidth: float
 ) -> list[dict[str, Any]]:
     rows = [row for row in rows if row.max_batch is None or batch <= row.max_batch]
-    times: dict[str, list[tuple[float, float]]] = {row.name: [] for row in rows}
+    times: dict[str, list[tuple[float, float, float]]] = {row.name: [] for row in rows}
     lengths: dict[str, list[float]] = {row.name: [] for row in rows}
     drafts: dict[str, list[float]] = {row.name: [] for row in rows}
     memory = dict.fromkeys(times, 0.0)
@@ -213,15 +213,14 @@ def measure_batch(
             memory[row.name] = max(memory[row.name], peak_mib(options.device))
             num_new = num_generated(tokens[row.name], prompts, options) - batch
             if index and num_new > 0:
-                times[row.name].append((1000 * prefill, 1000 * (whole - prefill) * batch / num_new))
+                times[row.name].append((1000 * prefill, 1000 * (whole - prefill) * batch / num_new, 1000 * whole))
                 lengths[row.name].append(accepted_length(row, collected, tokens[row.name], prompts, options, known))
                 drafts[row.name] += [drafts_a_round(row, collected)]
         for row in rows:
             if row.equal_to:
                 num_ties[row.name] += check_equal(tokens[row.equal_to], tokens[row.name], attached.model, prompts[0])
-    base_times = [cost for _, cost in times[BASE]]
     return [
-        summary(row, times[row.name], base_times, statistics.mean(lengths[row.name]), statistics.mean(drafts[row.name]),
+        summary(row, times[row.name], times[BASE], statistics.mean(lengths[row.name]), statistics.mean(drafts[row.name]),
                 memory[row.name], num_ties[row.name], batch=batch, bandwidth=bandwidth)
         for row in rows
     ]  # fmt: skip
@@ -299,20 +298,21 @@ def check_equal(expected: Tensor, found: Tensor, model: ShadowModel, prompts: Te
 
 
 def summary(
-    row: Contender, times: list[tuple[float, float]], base: list[float], length: float, num_drafts: float,
-    memory: float, num_ties: int, *, batch: int, bandwidth: float,
+    row: Contender, times: list[tuple[float, float, float]], base: list[tuple[float, float, float]], length: float,
+    num_drafts: float, memory: float, num_ties: int, *, batch: int, bandwidth: float,
 ) -> dict[str, Any]:  # fmt: skip
-    cost = statistics.median(each for _, each in times)
-    ratios = [each / other for (_, each), other in zip(times, base, strict=False)]
+    first, cost, whole = (statistics.median(column) for column in zip(*times, strict=True))
+    ratio = statistics.median(each[1] / other[1] for each, other in zip(times, base, strict=False))
     bytes_per_round = row.bytes_per_step + num_drafts * row.bytes_per_draft
     least = 1000 * bytes_per_round / length / bandwidth
     return {
         "name": row.name,
         "batch": batch,
-        "prefill_ms": round(statistics.median(first for first, _ in times), 2),
+        "prefill_ms": round(first, 2),
         "ms_per_token": round(cost, 3),
         "tokens_per_s": round(1000 * batch / cost, 2),
-        "ratio_to_base": round(statistics.median(ratios), 3),
+        "ratio_to_base": round(ratio, 3),
+        "whole_ms": round(whole, 2),
         "mean_accepted_length": round(length, 3),
         "mean_drafts_a_round": round(num_drafts, 3),
         "peak_mib": round(memory),
@@ -365,9 +365,10 @@ def peak_mib(device: str) -> float:
 
 
 def print_table(results: list[dict[str, Any]]) -> None:
-    names = ["name", "batch", "prefill_ms", "ms_per_token", "tokens_per_s", "ratio_to_base", "mean_accepted_length",
-             "peak_mib", "bandwidth_share"]  # fmt: skip
-    heads = ["", "batch", "prefill ms", "ms/token", "tokens/s", "x base", "accepted", "peak MiB*", "of ceiling"]
+    names = ["name", "batch", "prefill_ms", "ms_per_token", "tokens_per_s", "ratio_to_base", "whole_ms",
+             "mean_accepted_length", "peak_mib", "bandwidth_share"]  # fmt: skip
+    heads = ["", "batch", "prefill ms", "ms/token", "tokens/s", "x base", "whole ms", "accepted", "peak MiB*",
+             "of ceiling"]  # fmt: skip
     table = [heads, *([str(row[name]) for name in names] for row in results)]
     widths = [max(len(line[column]) for line in table) for column in range(len(heads))]
     for line in table:
@@ -376,9 +377,9 @@ def print_table(results: list[dict[str, Any]]) -> None:
             *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)),
         ]
         print("  ".join(cells))
-    print("ms/token: of one row. accepted: tokens a row gains in one pass of the base. * of the process (CPU), which")
-    print("holds all contenders, or allocated on the device. of ceiling: time to read the weights at copy bandwidth /")
-    print("time taken.")
+    print("ms/token: of one row, behind the first token. whole: prompt and answer, whose length is the model's. accepted:")
+    print("tokens a row gains in one pass of the base. * of the process (CPU), which holds all contenders, or allocated on the")
+    print("device. of ceiling: time to read the weights at copy bandwidth / time taken.")
 
 
 if __name__ == "__main__":

@@ -75,14 +75,48 @@ def base_table() -> str:
 
 def decode_table(name: str) -> str:
     """Times as the benchmark gives them; speed is tokens a second beside the plain base in the same trial."""
-    rows = ["| | batch | prefill ms | ms/token | tokens/s | speed, base = 1 | tokens a pass of the base | share of ceiling |",
-            "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    rows = ["| | batch | prefill ms | ms/token | tokens/s | speed, base = 1 | whole answer, attached = 1 "
+            "| tokens a pass of the base | share of ceiling |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for row in result(name)["rows"]:
+        whole = whole_answer(result(name)["rows"], row)
         rows.append(
             f"| {row['name']} | {row['batch']} | {row['prefill_ms']} | {row['ms_per_token']} | {row['tokens_per_s']:,.0f} "
-            f"| {1 / row['ratio_to_base']:.2f} | {row['mean_accepted_length']:.2f} | {row['bandwidth_share']:.2f} |"
+            f"| {1 / row['ratio_to_base']:.2f} | {'-' if whole is None else f'{whole:.2f}'} "
+            f"| {row['mean_accepted_length']:.2f} | {row['bandwidth_share']:.2f} |"
         )
     return "\n".join(rows)
+
+
+def whole_answer(rows: list[dict[str, Any]], row: dict[str, Any]) -> float | None:
+    """Speed of prompt and answer together beside plain decoding of the same tokens; records before 2026-11-26 have no times."""
+    attached = next(other for other in rows if (other["name"], other["batch"]) == ("ours, attached", row["batch"]))
+    has_same_tokens = row["name"].startswith("ours, attached") and "whole_ms" in row
+    return attached["whole_ms"] / row["whole_ms"] if has_same_tokens else None
+
+
+def speed_table(*names: str) -> str:
+    """What a single prompt gains, for the README: one number of drafts, the same for both ways of drafting."""
+    shown = {
+        "plain base": "plain base",
+        "LoRA r10, not merged": "LoRA, not merged",
+        "peft Shadow": "PEFT's Shadow",
+        "authors' shadow-peft": "authors' `shadow-peft`",
+        "ours, attached": "shadowpeft, attached",
+        "ours, attached, 6 drafts": "shadowpeft, attached, `speculative=6`",
+        "ours, attached, assistant_model=detached, 6 drafts": "the same by `assistant_model=`, 6 drafts",
+        "ours, detached": "shadowpeft, detached",
+    }
+    found = {name: {row["name"]: row for row in result(name)["rows"] if row["batch"] == 1} for name in names}
+    heads = " | ".join(f"{name.removeprefix('decode-')}: tokens/s | base = 1 | whole answer, attached = 1" for name in names)
+    lines = [f"| | {heads} |", "|---|" + "---:|" * (3 * len(names))]
+    for row, label in shown.items():
+        cells = []
+        for rows in found.values():
+            whole = whole_answer(list(rows.values()), rows[row])
+            speeds = f"{rows[row]['tokens_per_s']:,.0f} | {1 / rows[row]['ratio_to_base']:.2f}"
+            cells.append(f"{speeds} | {'-' if whole is None else f'{whole:.2f}'}")
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def system_table() -> str:
@@ -243,10 +277,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo_table,
     "parity": parity_table,
     "decode-robot": partial(decode_table, "decode-robot"),
-    "decode-robot-6": partial(decode_table, "decode-robot-6"),
     "decode-12x1024-plain": partial(decode_table, "decode-12x1024-plain"),
     "decode-12x1024": partial(decode_table, "decode-12x1024"),
     "decode-e2e": partial(decode_table, "decode-e2e"),
+    "speed": partial(speed_table, "decode-e2e", "decode-robot"),
     "train-step": partial(train_step_table, "train_step", "train_step-default", "train_step-all", every_label=False),
     "train-step-embedded": partial(train_step_table, "train_step-embedded"),
     "train-step-gpu": partial(train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),
