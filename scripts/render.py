@@ -283,6 +283,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": partial(speed_table, "decode-e2e", "decode-robot"),
     "train-step": partial(train_step_table, "train_step", "train_step-default", "train_step-all", every_label=False),
     "train-step-embedded": partial(train_step_table, "train_step-embedded"),
+    "train-step-151936": partial(train_step_table, "train_step-151936"),
+    "memory-embedded": partial(memory_table, "memory-embedded"),
     "train-step-gpu": partial(train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),
     "step-kernel": step_kernel_table,
     "decode-12x1024-gpu": partial(decode_table, "decode-12x1024-gpu"),
