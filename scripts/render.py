@@ -215,6 +215,20 @@ def train_step_gpu_table(*names: str) -> str:
     return "\n".join(lines)
 
 
+def training_table(gpu: str, cpu: str) -> str:
+    """Time and memory of a training step for the README, beside LoRA on all linear layers."""
+    columns = ("", "H200, 8B: ms/step", "LoRA = 1", "peak GB", "LoRA = 1", "two cores, 12 x 1024: s/step", "LoRA = 1")
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    rows, others = ({row["row"]: row for row in result(name)["rows"] if row["labels"] == "answers"} for name in (gpu, cpu))
+    lora = rows["LoRA all linear"]["peak_mb"]
+    for name, row in rows.items():
+        lines.append(
+            f"| {name} | {1000 * row['seconds']:,.0f} | {row['ratios']['LoRA all linear']:.2f} | {row['peak_mb'] / 1000:.1f} "
+            f"| {row['peak_mb'] / lora:.2f} | {others[name]['seconds']:.2f} | {others[name]['ratios']['LoRA all linear']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def step_kernel_table() -> str:
     columns = ("preset", "width", "", "pass", "us", "floor us", "floor = 1")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---|---:|---:|---:|"]
@@ -285,6 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step-embedded": partial(train_step_table, "train_step-embedded"),
     "train-step-151936": partial(train_step_table, "train_step-151936"),
     "memory-embedded": partial(memory_table, "memory-embedded"),
+    "training": partial(training_table, "train_step-8B", "train_step"),
     "train-step-gpu": partial(train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),
     "step-kernel": step_kernel_table,
     "decode-12x1024-gpu": partial(decode_table, "decode-12x1024-gpu"),
