@@ -119,18 +119,18 @@ def speed_table(*names: str) -> str:
     return "\n".join(lines)
 
 
-def system_table() -> str:
+def system_table(name: str) -> str:
     columns = ("task", "system", "accuracy", "95% interval", "in scope", "escalated", "in scope", "mean ms", "p50", "p95",
                "p99", "requests/s", "total s", "time / attached", "time / LoRA", "KiB up", "KiB down")  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
-    for task, report in result("system")["tasks"].items():
-        for name, one in report["replayed"]["systems"].items():
+    for task, report in result(name)["tasks"].items():
+        for system, one in report["replayed"]["systems"].items():
             low, high = one["accuracy_interval"]
             shares = (percent(one[key]) for key in ("accuracy_in_scope", "escalated", "escalated_in_scope"))
             times = (f"{one['latency_ms'][key]:.0f}" for key in ("mean", "p50", "p95", "p99"))
             against = (f"{one['time_against'][other]:.2f}" for other in ("attached", "LoRA, merged"))
             sent = one["link_bytes"] or {"up": 0, "down": 0}
-            cells = (task, name, percent(one["accuracy"]), f"{percent(low)} - {percent(high)}", *shares, *times,
+            cells = (task, system, percent(one["accuracy"]), f"{percent(low)} - {percent(high)}", *shares, *times,
                      f"{one['requests_per_second']:.1f}", f"{one['seconds']:.1f}", *against,
                      *(f"{sent[way] / 1024:.1f}" for way in ("up", "down")))  # fmt: skip
             rows.append(f"| {' | '.join(cells)} |")
@@ -306,7 +306,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": partial(memory_table, "memory", "memory-default", "memory-151936"),
     "distillation": distillation_table,
     "tasks": tasks_table,
-    "system": partial(once_measured, "system", system_table, SYSTEM_STUDY),
+    "system": partial(once_measured, "system", partial(system_table, "system"), SYSTEM_STUDY),
+    "system-plain": partial(system_table, "system-plain"),
     "routers": partial(once_measured, "system", routers_table, SYSTEM_STUDY),
     "plan": plan_table,
     "compatibility": compatibility_table,
