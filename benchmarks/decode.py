@@ -303,8 +303,7 @@ def summary(
 ) -> dict[str, Any]:  # fmt: skip
     first, cost, whole = (statistics.median(column) for column in zip(*times, strict=True))
     ratio = statistics.median(each[1] / other[1] for each, other in zip(times, base, strict=False))
-    bytes_per_round = row.bytes_per_step + num_drafts * row.bytes_per_draft
-    least = 1000 * bytes_per_round / length / bandwidth
+    least = 1000 * row.bytes_per_step / bandwidth
     return {
         "name": row.name,
         "batch": batch,
@@ -316,7 +315,8 @@ def summary(
         "mean_accepted_length": round(length, 3),
         "mean_drafts_a_round": round(num_drafts, 3),
         "peak_mib": round(memory),
-        "bandwidth_share": round(least / cost, 3),
+        # Of rows that draft no share: the pass over the prompt, which is not in the time of a token, holds drafts too.
+        "bandwidth_share": None if row.num_drafts else round(least / cost, 3),
         "rows_that_part_at_a_tie": num_ties,
         "num_trials": len(times),
     }
@@ -379,7 +379,7 @@ def print_table(results: list[dict[str, Any]]) -> None:
         print("  ".join(cells))
     print("ms/token: of one row, behind the first token. whole: prompt and answer, whose length is the model's. accepted:")
     print("tokens a row gains in one pass of the base. * of the process (CPU), which holds all contenders, or allocated on the")
-    print("device. of ceiling: time to read the weights at copy bandwidth / time taken.")
+    print("device. of ceiling: time to read the weights at copy bandwidth / time taken, without drafts.")
 
 
 if __name__ == "__main__":

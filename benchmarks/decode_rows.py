@@ -25,7 +25,7 @@ class Contender:
         options: further arguments of ``generate``; given the plain tokens of the attached model, if ``needs_oracle``.
         equal_to: name of the row whose tokens it must give, if any.
         max_batch: largest batch it can do, None for any.
-        num_drafts, bytes_per_draft: of a speculating one.
+        num_drafts: of a speculating one.
     """
 
     name: str
@@ -35,7 +35,6 @@ class Contender:
     equal_to: str | None = None
     max_batch: int | None = None
     num_drafts: int = 0
-    bytes_per_draft: int = 0
 
 
 def num_bytes(*parts: nn.Module | Tensor | None) -> int:
@@ -57,7 +56,7 @@ def our_rows(
     compile_options: dict[str, Any] | None = None,
 ) -> list[Contender]:  # fmt: skip
     """Attached, attached with drafts (the shadow's own, and rigged ones), as an assistant, detached."""
-    network, head = model.network(), model.get_output_embeddings()
+    network = model.network()
     shadow = num_bytes(network.backbone, network.projection)
     steps = num_bytes(network.injections, network.updates, network.update_norm)
     base = step_bytes(model.base)
@@ -73,7 +72,6 @@ def our_rows(
                 options={"speculative": settings},
                 equal_to="ours, attached",
                 num_drafts=settings.num_draft_tokens,
-                bytes_per_draft=shadow + num_bytes(head),
             )
         )
     for acceptance in acceptances:
@@ -92,7 +90,6 @@ def our_rows(
                 options=options,
                 equal_to="ours, attached",
                 num_drafts=rigged_drafts,
-                bytes_per_draft=shadow + num_bytes(head),
             )
         )
     # The same fixed numbers of drafts for transformers' own way.
@@ -110,7 +107,6 @@ def our_rows(
                 equal_to="ours, attached",
                 max_batch=1,
                 num_drafts=num_drafts,
-                bytes_per_draft=step_bytes(detached),
             )
         )
     rows.append(Contender(name="ours, detached", model=detached, bytes_per_step=step_bytes(detached)))

@@ -82,7 +82,7 @@ def decode_table(name: str) -> str:
         rows.append(
             f"| {row['name']} | {row['batch']} | {row['prefill_ms']} | {row['ms_per_token']} | {row['tokens_per_s']:,.0f} "
             f"| {1 / row['ratio_to_base']:.2f} | {'-' if whole is None else f'{whole:.2f}'} "
-            f"| {row['mean_accepted_length']:.2f} | {row['bandwidth_share']:.2f} |"
+            f"| {row['mean_accepted_length']:.2f} | {'-' if 'drafts' in row['name'] else row['bandwidth_share']} |"
         )
     return "\n".join(rows)
 

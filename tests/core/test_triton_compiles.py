@@ -18,8 +18,8 @@ from triton.compiler import ASTSource
 
 from shadowpeft.core.kernels import triton_step
 
-HOPPER = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY = 227 * 1024  # that one program can have
+# (compute capability, bytes of shared memory that one program can have): RTX 4090 and the like, A100, H100.
+ADA, AMPERE, HOPPER = (89, 99 * 1024), (80, 163 * 1024), (90, 227 * 1024)
 INTEGERS = {"N", "D", "R", "HG", "h_stride", "s_stride", "rows_a_split", "seed"}
 FLOATS = {"alpha", "eps", "inject_dropout", "transform_dropout"}
 STATES = {"h", "s", "h_out", "s_out", "grad_h", "grad_s", "grad_h_in", "grad_s_in"}
@@ -45,9 +45,24 @@ VARIANTS = {
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_kernels_compile_and_their_tiles_fit(kernel, variant):
-    switches = PAPER | VARIANTS[variant]
-    tiles = KERNELS[kernel]["update" if switches["HAS_UPDATE"] else "no update"]
+def test_kernels_compile_and_their_tiles_fit_on_hopper(kernel, variant):
+    _compile(kernel, PAPER | VARIANTS[variant], "bf16", HOPPER)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__)
+@pytest.mark.parametrize("variant", ["paper", "recommended"])
+@pytest.mark.parametrize(("dtype", "gpu"), [("bf16", ADA), ("fp32", ADA), ("fp32", AMPERE), ("fp32", HOPPER)], ids=str)
+@pytest.mark.parametrize("narrow", [16, 32])
+def test_what_is_chosen_elsewhere_fits_there(kernel, variant, dtype, gpu, narrow):
+    precision = "ieee" if dtype == "fp32" else "tf32"
+    _compile(kernel, PAPER | VARIANTS[variant] | {"PRECISION": precision, "RP": narrow, "HP": narrow}, dtype, gpu)
+
+
+def _compile(kernel, switches, dtype, gpu):
+    """For pointers and sizes that are multiples of 16, as real ones are: loads are then wide, and staged in more memory."""
+    capability, shared_memory = gpu
+    is_tuned = gpu == HOPPER and dtype == "bf16"
+    tiles = KERNELS[kernel]["update" if switches["HAS_UPDATE"] else "no update"] if is_tuned else triton_step._NARROW
     given = switches | {"BLOCK_T": tiles.tokens, "BLOCK_D": tiles.columns}
     signature = {}
     for name in kernel.arg_names:
@@ -56,7 +71,12 @@ def test_kernels_compile_and_their_tiles_fit(kernel, variant):
         elif name in INTEGERS | FLOATS:
             signature[name] = "i32" if name in INTEGERS else "fp32"
         else:
-            signature[name] = "*bf16" if name in STATES else "*fp32"
+            signature[name] = f"*{dtype}" if name in STATES else "*fp32"
     constants = {name: given[name] for name in kernel.arg_names if name in given}
-    made = triton.compile(ASTSource(kernel, signature, constants), target=HOPPER, options={"num_warps": tiles.warps})
-    assert 0 < made.metadata.shared <= SHARED_MEMORY
+    aligned = [
+        index for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in ("N", "D", "R", "h_stride", "s_stride")
+    ]  # fmt: skip
+    source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
+    made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tiles.warps})
+    assert 0 < made.metadata.shared <= shared_memory

@@ -10,6 +10,7 @@ from transformers import (
     GenerationConfig,
     MaxTimeCriteria,
     PreTrainedTokenizerFast,
+    StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -18,7 +19,7 @@ from transformers.generation import BaseStreamer
 from models import tiny_base, tokens
 from shadowpeft import SpeculativeConfig, collect_statistics, get_shadow_model
 from shadowpeft.errors import ConfigError
-from shadowpeft.generate import SpeculativeOutput
+from shadowpeft.generate import SpeculativeFallbackWarning, SpeculativeOutput, api
 from speculation import adapted, oracle
 
 NEW, LENGTH = 10, 7
@@ -204,6 +205,25 @@ def test_a_shadow_of_another_vocabulary_is_refused(tmp_path):
     base.resize_token_embeddings(101, mean_resizing=False)
     with pytest.raises(ConfigError, match="the shadow knows 97 tokens and the base's head 101"):
         greedy(model, tokens(1, LENGTH), speculative=2)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_compiled_passes_find_a_cache_whose_memory_is_static(without_shape_checks, model, length):
+    """Memory that a graph itself allocates would be given away again by the next graph."""
+    ids, cache = tokens(2, length), StaticCache(config=model.config, max_cache_len=20)
+    plain = greedy(model, ids)
+    settings = SpeculativeConfig(num_draft_tokens=1, compile_options={"backend": "eager"})
+    assert torch.equal(greedy(model, ids, speculative=settings, past_key_values=cache), plain)
+    assert all(hasattr(layer.keys, "_dynamo_static_input_type") for layer in cache.layers)
+
+
+def test_flash_attention_over_a_static_cache_falls_back_with_a_warning(model, monkeypatch):
+    """Nothing runs on flash attention here: its name alone decides."""
+    ids, cache = tokens(1, LENGTH), StaticCache(config=model.config, max_cache_len=20)
+    plain = greedy(model, ids)
+    monkeypatch.setattr(api, "_uses_flash_attention", lambda model: True)
+    with pytest.warns(SpeculativeFallbackWarning, match="flash attention"):
+        assert torch.equal(greedy(model, ids, speculative=2, past_key_values=cache), plain)
 
 
 def test_both_passes_compile_as_whole_graphs_over_a_static_cache(without_shape_checks, model):

@@ -168,6 +168,36 @@ def test_the_base_first_sees_the_prompt_together_with_drafts_and_the_shadow_sees
     assert [place for places in seen["shadow"] for place in places] == list(range(LENGTH + 2 * DRAFTS + 1))
 
 
+@pytest.mark.parametrize("kind", ["none", "static"])
+def test_a_prompt_whose_last_token_is_masked_is_read_as_in_plain_decoding(kind):
+    model, ids = adapted(), tokens(3, LENGTH)
+    mask = torch.ones_like(ids)
+    mask[1, -3:] = 0
+    options = {"attention_mask": mask}
+    plain = greedy(model, ids, past_key_values=make_cache(kind, model), **options)
+    drafted = greedy(model, ids, speculative=rigged(plain, 3), past_key_values=make_cache(kind, model), **options)
+    assert torch.equal(drafted, plain)
+    assert torch.equal(greedy(model, ids, speculative=3, past_key_values=make_cache(kind, model), **options), plain)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_positions_of_the_caller_are_those_of_the_first_round(rows):
+    model, ids = adapted(), tokens(2, LENGTH)
+    positions = (torch.arange(LENGTH) + 3).expand(rows, LENGTH)
+    plain = greedy(model, ids, position_ids=positions)
+    assert not torch.equal(plain, greedy(model, ids + 0, position_ids=positions * 2))
+    assert torch.equal(greedy(model, ids, speculative=rigged(plain, 3), position_ids=positions), plain)
+
+
+@pytest.mark.parametrize("new", [1, 2, NEW])
+@pytest.mark.parametrize("length", [1, 2])
+def test_the_shortest_prompts_and_answers(length, new):
+    model, ids = adapted(), tokens(2, length)
+    options = {"max_new_tokens": new, "min_new_tokens": new}
+    plain = greedy(model, ids, **options)
+    assert torch.equal(greedy(model, ids, speculative=rigged(plain, 3), **options), plain)
+
+
 def test_a_prompt_read_in_chunks_is_left_to_generate():
     model, ids = adapted(), tokens(2, LENGTH)
     plain = greedy(model, ids)

@@ -69,6 +69,13 @@ def test_windows_that_have_slid_are_rolled_back_exactly(model_type, wrong_every)
     assert not any(getattr(layer, "record_past", False) for layer in out.past_key_values.layers)
 
 
+def test_a_bare_cache_of_a_model_of_windows_alone_serves_both_paths():
+    model, ids = adapted("mistral"), tokens(2, LENGTH)
+    plain = generate(model, ids, use_cache=False)
+    assert torch.equal(generate(model, ids, past_key_values=DynamicCache()), plain)
+    assert torch.equal(generate(model, ids, speculative=rigged(plain, 3), past_key_values=DynamicCache()), plain)
+
+
 @pytest.mark.parametrize("model_type", ["gemma3_text", "mistral"])
 def test_a_static_window_falls_back_to_plain_decoding_with_a_warning(model_type):
     model, ids = adapted(model_type), tokens(2, LENGTH)

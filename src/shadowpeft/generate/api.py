@@ -22,6 +22,7 @@ from shadowpeft.generate.config import SpeculativeConfig, as_speculative
 from shadowpeft.generate.rollback import why_not_croppable
 from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
+from shadowpeft.generate.timeline import is_fixed
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.cache import shadow_view
 from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
@@ -113,6 +114,8 @@ def speculative_decoding(
     # The shadow's layers have to be there before anything is read: what rolls back looks at all of them.
     shadow_view(cache, base=decoder_of(model.base).config, shadow=network.backbone.config)
     reason = why_not_croppable(cache, _final_length(input_ids, generation_config, model_kwargs))
+    if reason is None and is_fixed(cache) and _uses_flash_attention(model):
+        reason = "flash attention knows what is valid in a static cache by the length of the mask; use sdpa or a dynamic cache"
     if reason is not None:
         warnings.warn(
             f"decoding without speculation, since rejected drafts could not be removed from the cache: {reason}",
@@ -141,6 +144,10 @@ def speculative_decoding(
         streamer=streamer,
         model_kwargs=model_kwargs,
     )
+
+
+def _uses_flash_attention(model: ShadowModelForCausalLM) -> bool:
+    return str(model.config._attn_implementation).startswith("flash")
 
 
 def _final_length(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:

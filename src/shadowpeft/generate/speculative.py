@@ -63,7 +63,7 @@ def decode(
         num_tokens=head_of(model).weight.shape[0],
         draft_ids=passes.draft_ids,
     )
-    if _is_prompt_alone(cache, generation_config, model_kwargs):
+    if _is_prompt_alone(input_ids, cache, generation_config, model_kwargs):
         timeline, before = Timeline.at_prompt(input_ids, cache, model_kwargs)
     else:
         generating: Any = model
@@ -92,10 +92,16 @@ def decode(
     return written.output(cache, statistics)
 
 
-def _is_prompt_alone(cache: Cache, config: GenerationConfig, model_kwargs: dict[str, Any]) -> bool:
-    """Whether token ids alone are still to be read, in one go; what is special about a prompt is left to ``generate``."""
-    is_plain = model_kwargs.get("inputs_embeds") is None and config.prefill_chunk_size is None
-    return is_plain and int(cache.get_seq_length()) == 0
+def _is_prompt_alone(
+    input_ids: Tensor, cache: Cache, config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> bool:
+    """Whether token ids alone are still to be read, in one go; what is special about a prompt is left to ``generate``.
+
+    So are a single token, whose pass could not be told from a draft's where these are compiled, and a masked last token.
+    """
+    mask = model_kwargs.get("attention_mask")
+    is_plain = model_kwargs.get("inputs_embeds") is None and config.prefill_chunk_size is None and input_ids.shape[1] > 1
+    return is_plain and int(cache.get_seq_length()) == 0 and (mask is None or bool(mask[:, -1].all()))
 
 
 def _rounds(

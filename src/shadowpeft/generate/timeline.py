@@ -30,10 +30,10 @@ class Timeline:
         if positions is None:
             ones = torch.ones_like(input_ids[:1]) if mask is None else mask.long()
             positions = (ones.cumsum(-1) - 1).clamp(min=0)
-        is_fixed = _is_fixed(cache)
+        fixed = is_fixed(cache)
         if mask is not None:
-            mask = _lengthen(mask, cache.get_max_length() - mask.shape[1]) if is_fixed else mask[:, :-1]
-        return cls(positions[:, -1:], mask, is_fixed=is_fixed), positions[:, :-1]
+            mask = _lengthen(mask, cache.get_max_length() - mask.shape[1]) if fixed else mask[:, :-1]
+        return cls(positions[:, -1:], mask, is_fixed=fixed), positions[:, :-1]
 
     @classmethod
     def behind_prefill(cls, cache: Cache, model_kwargs: dict[str, Any]) -> "Timeline":
@@ -42,11 +42,11 @@ class Timeline:
         if positions is None:
             first: Any = cache.layers[0]
             positions = torch.full((1, 1), num_cached - 1, device=first.keys.device)
-        is_fixed = _is_fixed(cache)
+        fixed = is_fixed(cache)
         if mask is not None:
             mask = mask[:, :num_cached]
-            mask = _lengthen(mask, cache.get_max_length() - num_cached) if is_fixed else mask
-        return cls(positions[:, -1:] + 1, mask, is_fixed=is_fixed)
+            mask = _lengthen(mask, cache.get_max_length() - num_cached) if fixed else mask
+        return cls(positions[:, -1:] + 1, mask, is_fixed=fixed)
 
     def places(self, num_tokens: int, *, before: Tensor | None = None) -> Places:
         """Places of the pending token and those behind it, and in front of them those at positions ``before`` [B or 1, n]."""
@@ -63,7 +63,8 @@ class Timeline:
             self._mask = _lengthen(self._mask, num_tokens)
 
 
-def _is_fixed(cache: Cache) -> bool:
+def is_fixed(cache: Cache) -> bool:
+    """Whether the cache has its whole length from the start."""
     return any(isinstance(layer, StaticLayer) for layer in cache.layers)
 
 

@@ -40,6 +40,8 @@ def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfi
 
 
 def _new_layers(cache: Cache, shadow: PreTrainedConfig) -> list:
+    if cache.layer_class_to_replicate is not None:  # a bare DynamicCache(): masks look at one layer of each kind
+        return [cache.layer_class_to_replicate() for _ in range(shadow.num_hidden_layers)]
     length = _static_length(cache)
     if length is None:
         return DynamicCache(config=shadow).layers

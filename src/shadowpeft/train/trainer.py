@@ -31,8 +31,9 @@ class ShadowTrainer(SafeTrainer):
     """
 
     def __init__(self, *args: Any, shadow_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
+        model = kwargs.get("model", args[0] if args else None)
+        refuse_zero3(isinstance(model, ShadowModel) and is_deepspeed_zero3_enabled())
         super().__init__(*args, **kwargs)
-        refuse_zero3(isinstance(self.model, ShadowModel) and is_deepspeed_zero3_enabled())
         self._shadow_lr_multiplier = shadow_lr_multiplier
         # transformers smooths labels on logits it asks for; here both losses do it behind the head, without any.
         smooths = self.label_smoother is not None and isinstance(self.model, ShadowModelForCausalLM)

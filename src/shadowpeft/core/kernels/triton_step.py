@@ -26,13 +26,14 @@ class Tiles(NamedTuple):
     warps: int = 4
 
 
-# Fastest of those tried at 4096 tokens x 4096 (H200, bf16): see LOG.md, 2026-11-26.
+# Fastest of those tried at 4096 tokens x 4096 (H200, bf16): see LOG.md, 2026-11-26. Fp32 and other GPUs have room for less.
 FORWARD = {"update": Tiles(32, 64), "no update": Tiles(32, 256)}
 BACKWARD_TOKENS = {"update": Tiles(32, 64), "no update": Tiles(16, 256)}
 BACKWARD_WEIGHTS = {"update": Tiles(32, 128), "no update": Tiles(32, 128)}
 # With a wider r or h_g than this a program holds more, so that it takes fewer columns.
 _WIDEST_FOR_LARGE_TILES = 32
 _NARROW = Tiles(16, 64)
+_HOPPER_SHARED_MEMORY = 227 * 1024
 # Parts of the token axis that the second backward kernel walks over at the same time.
 _MOST_SPLITS = 16
 
@@ -431,7 +432,7 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     s_out = None if w.W_T1 is None else torch.empty(s.shape, dtype=s.dtype, device=s.device)
     bottleneck = torch.empty(num_tokens, w.W_down.shape[1], dtype=torch.float32, device=h.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=h.device) if spec.scales_state else None
-    tiles = _tiles(FORWARD, w)
+    tiles = _tiles(FORWARD, w, h)
     _forward[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
         h, s, h_out, h_out if s_out is None else s_out, bottleneck, bottleneck if scale is None else scale,
         *_pointers(w, h), *_numbers(spec, h, s, w, seed), **_switches(spec, h, w), **_launch(tiles),
@@ -468,13 +469,13 @@ def backward(
     switches = _switches(spec, h, w)
     has_grad_s = grad_s is not None
     upstream = (grad_h, grad_s if grad_s is not None else grad_h)
-    tiles = _tiles(BACKWARD_TOKENS, w)
+    tiles = _tiles(BACKWARD_TOKENS, w, h)
     _backward_tokens[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
         h, s, *upstream, grad_s_in if grad_h_in is None else grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T,
         grad_G, mean, rstd, scale, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
         HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches, **_launch(tiles),
     )  # fmt: skip
-    tiles = _tiles(BACKWARD_WEIGHTS, w)
+    tiles = _tiles(BACKWARD_WEIGHTS, w, h)
     splits = max(min(_MOST_SPLITS, triton.cdiv(num_tokens, 8 * tiles.tokens)), 1)
     rows_a_split = triton.cdiv(triton.cdiv(num_tokens, splits), tiles.tokens) * tiles.tokens
     wide = rank + 2 * hidden
@@ -512,10 +513,18 @@ def _gradients(
     return StepWeights(**{name: found[name].to(weight.dtype) for name, weight in there.items()})
 
 
-def _tiles(choices: dict[str, Tiles], w: StepWeights) -> Tiles:
-    if w.W_T1 is None:
-        return choices["no update"] if w.W_down.shape[1] <= _WIDEST_FOR_LARGE_TILES else _NARROW
-    return choices["update"] if max(w.W_down.shape[1], w.W_T1.shape[1]) <= _WIDEST_FOR_LARGE_TILES else _NARROW
+def _tiles(choices: dict[str, Tiles], w: StepWeights, h: Tensor) -> Tiles:
+    widest = max(w.W_down.shape[1], 1 if w.W_T1 is None else w.W_T1.shape[1])
+    if widest > _WIDEST_FOR_LARGE_TILES or h.element_size() > 2 or _shared_memory(h.device) < _HOPPER_SHARED_MEMORY:
+        return _NARROW
+    return choices["no update" if w.W_T1 is None else "update"]
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program can have; those of Hopper in the interpreter."""
+    if device.type != "cuda":
+        return _HOPPER_SHARED_MEMORY
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _launch(tiles: Tiles) -> dict[str, int]:
