@@ -44,9 +44,7 @@ from shadowpeft.train.tasks import TASKS
 # do: robot as long as the demonstration, CLINC150 a good epoch, the home commands almost two.
 SETTINGS: dict[str, Any] = {"learning_rate": 1.5e-3, "batch_size": 16, "max_length": 64, "seed": 0, "save_every": 100}
 STEPS = {"robot": 837, "clinc150": 1200, "home_commands": 900}
-# The distillation term brings the detached shadow close to the attached model (docs/speculative.md), so that less has to
-# be handed over.
-SHADOW = ShadowConfig.preset("recommended").replace(distillation_weight=0.5)
+SHADOW = ShadowConfig.preset("recommended")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA = MethodSpec(kind="lora", targets=TARGETS, scale=2.0, dropout=0.0)
 TOLERANCE = 0.02  # of the LoRA's parameters against the shadow's
@@ -80,8 +78,9 @@ def out_of_scope(given: argparse.Namespace, task: str, name: str, limit: int | N
 def training(given: argparse.Namespace, task: str) -> TrainConfig:
     place, folder = data_of(given, task), given.work / task / "shadow"
     return TrainConfig(base="embedded", task=task, data=None if place is None else str(place), output=str(folder),
-                       max_steps=given.steps or STEPS[task], shadow=SHADOW, resume=(folder / RUN_FILE).is_file(),
-                       limit_train=64 if given.tiny else None, **SETTINGS)  # fmt: skip
+                       max_steps=given.steps or STEPS[task], resume=(folder / RUN_FILE).is_file(),
+                       limit_train=64 if given.tiny else None, **SETTINGS,
+                       shadow=SHADOW.replace(distillation_weight=given.distillation))  # fmt: skip
 
 
 def shadow_of(given: argparse.Namespace, task: str) -> Path:
@@ -220,6 +219,7 @@ def main() -> None:
     parser.add_argument("--adapter", action="append", metavar="TASK=FOLDER", help="a trained shadow of that task")
     parser.add_argument("--lora", action="append", metavar="TASK=FOLDER", help="a trained LoRA of that task")
     parser.add_argument("--steps", type=int, help="of every training [default: by task]")
+    parser.add_argument("--distillation", type=float, default=0.0, help="distillation_weight of the shadow's training")
     parser.add_argument("--calibration-rows", type=int, default=1000)
     parser.add_argument("--scored-rows", type=int, default=1000, help="test rows asked without servers, and as many out of it")
     parser.add_argument("--rows", type=int, default=300, help="test rows that are replayed")
@@ -237,7 +237,8 @@ def main() -> None:
         model = load_served([f"cloud={shadow}"]).model
         assert isinstance(model, ShadowModel)
         trained[task] = shadow, lora_of(given, task, parameters_in_use(model)["attached"])
-    record: dict[str, Any] = {"round_trip_ms": given.round_trip_ms, "max_cloud_share": given.max_cloud_share, "tasks": {}}
+    settings = {name: getattr(given, name) for name in ("distillation", "round_trip_ms", "max_cloud_share")}
+    record: dict[str, Any] = {**settings, "tasks": {}}
     for task in tasks:
         record["tasks"][task] = measure(given, task, *trained[task])
         write_record(given.out, record)

@@ -152,11 +152,6 @@ def routers_table() -> str:
     return "\n".join(rows)
 
 
-def once_measured(name: str, table: Callable[[], str], command: str) -> str:
-    """The table, or the command that makes its file."""
-    return table() if (ROOT / "results" / f"{name}.json").is_file() else f"Not measured yet: `{command}`."
-
-
 def distillation_table() -> str:
     """One row a cell of recipes/distillation_study.py."""
     columns = ("task", "distillation", "seed", "attached", "detached", "drafts accepted", "tokens a pass")
@@ -261,9 +256,6 @@ def three_digits(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-SYSTEM_STUDY = "python recipes/system_study.py --data FOLDER"
-
-
 def plan_table() -> str:
     columns = ("base", "rows x tokens", "planned MB", "measured MB", "planned / measured", "measured as glibc comes MB")
     rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * 4]
@@ -306,9 +298,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "memory": partial(memory_table, "memory", "memory-default", "memory-151936"),
     "distillation": distillation_table,
     "tasks": tasks_table,
-    "system": partial(once_measured, "system", partial(system_table, "system"), SYSTEM_STUDY),
-    "system-plain": partial(system_table, "system-plain"),
-    "routers": partial(once_measured, "system", routers_table, SYSTEM_STUDY),
+    "system": partial(system_table, "system"),
+    "system-distilled": partial(system_table, "system-distilled"),
+    "routers": routers_table,
     "plan": plan_table,
     "compatibility": compatibility_table,
     "base": base_table,
