@@ -64,5 +64,3 @@ def test_the_study_trains_measures_records_and_does_nothing_twice(tmp_path, monk
     assert scores.count("(the router's)") == 1 and "| clinc150 | oracle |" in scores
     probability = one["scored"]["scope_detection"]["attached maximum softmax probability"]
     assert f"| attached maximum softmax probability | - | - | {probability:.3f} |" in scores
-    out.unlink()
-    assert "system_study.py" in render.TABLES["system"]()
