@@ -152,6 +152,37 @@ def routers_table() -> str:
     return "\n".join(rows)
 
 
+def load_table() -> str:
+    record = result("serve_load")
+    rows = ["| model | requests | tokens | alone p50 ms | p50 ms | p95 ms | p99 ms | equal | tie | wrong | lost |",
+            "|---|" + "---:|" * 10]  # fmt: skip
+    for name, one in [*record["models"].items(), ("all", record["all"])]:
+        times = [one["latency_ms_alone"]["p50"], *(one["latency_ms"][key] for key in ("p50", "p95", "p99"))]
+        counts = (str(one[verdict]) for verdict in ("equal", "tie", "wrong", "lost"))
+        rows.append(
+            f"| {name} | {one['num_requests']} | {one['num_tokens']:,} | {' | '.join(f'{time:,.0f}' for time in times)} "
+            f"| {' | '.join(counts)} |"
+        )
+    ratio = record["throughput_ratio"]
+    said = f"{record['streams']} streams: {ratio['median']:.2f} times the tokens/s of single ones (least {ratio['least']:.2f})."
+    return "\n".join([said, "", *rows])
+
+
+def restart_table() -> str:
+    record = result("cloud_restart")
+    rows = ["| answers | number | p50 ms | p99 ms |", "|---|---:|---:|---:|"]
+    for kind, one in record["answers"].items():
+        times = one["latency_ms"]
+        shown = "- | -" if times is None else f"{times['p50']:,.0f} | {times['p99']:,.0f}"
+        rows.append(f"| {kind} | {one['count']:,} | {shown} |")
+    held = all(record["checks"].values())
+    said = (
+        f"{record['requests']:,} requests, {record['kills']} kills of the cloud, {record['answered']:,} answered, "
+        f"{sum(record['lost'].values())} lost; every check held: {'yes' if held else 'no'}."
+    )
+    return "\n".join([said, "", *rows])
+
+
 def distillation_table() -> str:
     """One row a cell of recipes/distillation_study.py."""
     columns = ("task", "distillation", "seed", "attached", "detached", "drafts accepted", "tokens a pass")
@@ -301,6 +332,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "system": partial(system_table, "system"),
     "system-distilled": partial(system_table, "system-distilled"),
     "routers": routers_table,
+    "serve-load": load_table,
+    "cloud-restart": restart_table,
     "plan": plan_table,
     "compatibility": compatibility_table,
     "base": base_table,
