@@ -63,17 +63,20 @@ def our_rows(
     attached = base + shadow + steps
     detached = model.detach()
     rows = [Contender(name="ours, attached", model=model, bytes_per_step=attached)]
-    for settings in speculative:
-        rows.append(
-            Contender(
-                name=f"ours, attached, {label(settings)}",
-                model=model,
-                bytes_per_step=attached,
-                options={"speculative": settings},
-                equal_to="ours, attached",
-                num_drafts=settings.num_draft_tokens,
-            )
+
+    def drafting(name: str, options: Any, num_drafts: int, *, max_batch: int | None = None) -> Contender:
+        return Contender(
+            name=f"ours, attached, {name}",
+            model=model,
+            bytes_per_step=attached,
+            options=options,
+            equal_to="ours, attached",
+            max_batch=max_batch,
+            num_drafts=num_drafts,
         )
+
+    for settings in speculative:
+        rows.append(drafting(label(settings), {"speculative": settings}, settings.num_draft_tokens))
     for acceptance in acceptances:
 
         def options(known: Tensor, share: float = acceptance) -> dict[str, Any]:
@@ -82,33 +85,15 @@ def our_rows(
             )
             return {"speculative": settings}
 
-        rows.append(
-            Contender(
-                name=f"ours, attached, {rigged_drafts} drafts, rigged to {acceptance:.0%}",
-                model=model,
-                bytes_per_step=attached,
-                options=options,
-                equal_to="ours, attached",
-                num_drafts=rigged_drafts,
-            )
-        )
+        rows.append(drafting(f"{rigged_drafts} drafts, rigged to {acceptance:.0%}", options, rigged_drafts))
     # The same fixed numbers of drafts for transformers' own way.
     for num_drafts in dict.fromkeys(each.num_draft_tokens for each in speculative if not each.adaptive):
         assistant = model.detach()
         assistant.generation_config.num_assistant_tokens = num_drafts
         assistant.generation_config.num_assistant_tokens_schedule = "constant"
         assistant.generation_config.assistant_confidence_threshold = 0.0
-        rows.append(
-            Contender(
-                name=f"ours, attached, assistant_model=detached, {num_drafts} drafts",
-                model=model,
-                bytes_per_step=attached,
-                options={"assistant_model": assistant},
-                equal_to="ours, attached",
-                max_batch=1,
-                num_drafts=num_drafts,
-            )
-        )
+        name = f"assistant_model=detached, {num_drafts} drafts"
+        rows.append(drafting(name, {"assistant_model": assistant}, num_drafts, max_batch=1))
     rows.append(Contender(name="ours, detached", model=detached, bytes_per_step=step_bytes(detached)))
     return rows
 

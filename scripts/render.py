@@ -205,6 +205,11 @@ def setting(row: dict[str, Any]) -> str:
     return f"{LABELS[row['labels']]} | {dropout}"
 
 
+def step_ratios(row: dict[str, Any]) -> str:
+    """Time of a step beside base, LoRA and PEFT's Shadow."""
+    return " | ".join(f"{row['ratios'][peer]:.2f}" for peer in ("base with gradients", "LoRA all linear", "HF Shadow"))
+
+
 def train_step_table(*names: str, every_label: bool = True) -> str:
     """Rows of the files; of the first only those with labels on answers, unless ``every_label``."""
     columns = ("labels", "dropout", "", "trained weights", "s/step", "tokens/s", "of ceiling",
@@ -214,11 +219,9 @@ def train_step_table(*names: str, every_label: bool = True) -> str:
     rows = [row for row in result(first)["rows"] if every_label or row["labels"] == "answers"]
     rows += [row for name in others for row in result(name)["rows"]]
     for row in rows:
-        peers = ("base with gradients", "LoRA all linear", "HF Shadow")
-        ratios = " | ".join(f"{row['ratios'][peer]:.2f}" for peer in peers)
         lines.append(
             f"| {setting(row)} | {row['row']} | {row['trainable']:,} | {row['seconds']:.3f} | {row['tokens_per_second']:,.0f} "
-            f"| {row['share_of_ceiling']:.2f} | {ratios} |"
+            f"| {row['share_of_ceiling']:.2f} | {step_ratios(row)} |"
         )
     return "\n".join(lines)
 
@@ -232,11 +235,10 @@ def train_step_gpu_table(*names: str) -> str:
         rows = result(name)["rows"]
         lora = next(row["peak_mb"] for row in rows if row["row"] == "LoRA all linear")
         for row in rows:
-            peers = ("base with gradients", "LoRA all linear", "HF Shadow")
-            ratios = " | ".join(f"{row['ratios'][peer]:.2f}" for peer in peers)
             lines.append(
                 f"| {row['shape']} | {row['row']} | {row['trainable']:,} | {row['peak_mb'] / 1000:.1f} "
-                f"| {1000 * row['seconds']:,.0f} | {row['share_of_ceiling']:.2f} | {ratios} | {row['peak_mb'] / lora:.2f} |"
+                f"| {1000 * row['seconds']:,.0f} | {row['share_of_ceiling']:.2f} | {step_ratios(row)} "
+                f"| {row['peak_mb'] / lora:.2f} |"
             )
     return "\n".join(lines)
 

@@ -193,15 +193,19 @@ class _Recorder(TorchFunctionMode):
         return _Window(made[view.key], view)
 
     def _resolved(self, arguments: Any, made: dict[int, "_Expression"]) -> list | None:
+        """The arguments of an origin by way of what is kept; None where one of them cannot be had."""
         found = []
         for argument in arguments:
-            is_constant = not isinstance(argument, _View | list)
-            each = argument
-            if not is_constant:
-                each = self._window(argument, made) if isinstance(argument, _View) else self._resolved(argument, made)
-                if each is None:
-                    return None
-            found.append(each)
+            if isinstance(argument, _View):
+                resolved = self._window(argument, made)
+            elif isinstance(argument, list):
+                resolved = self._resolved(argument, made)
+            else:
+                found.append(argument)
+                continue
+            if resolved is None:
+                return None
+            found.append(resolved)
         return found
 
     def clear(self) -> None:
