@@ -20,6 +20,7 @@ from models import tiny_base, tokens
 from shadowpeft import SpeculativeConfig, collect_statistics, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import SpeculativeFallbackWarning, SpeculativeOutput, api
+from shadowpeft.model.cache import CACHE
 from speculation import adapted, oracle
 
 NEW, LENGTH = 10, 7
@@ -101,7 +102,7 @@ def test_generation_continues_from_a_returned_cache(model):
     expected = greedy(model, more)
     for ids_given in (more, more[:, LENGTH + NEW - 1 :]):
         cache = copy.deepcopy(first.past_key_values)
-        options = {"past_key_values": cache, "attention_mask": torch.ones_like(more)}
+        options = {CACHE: cache, "attention_mask": torch.ones_like(more)}
         rig = rigged(expected[:, more.shape[1] - ids_given.shape[1] :])
         continued = greedy(model, ids_given, speculative=rig, **options)
         assert torch.equal(continued[:, -NEW:], expected[:, -NEW:])
@@ -213,7 +214,7 @@ def test_compiled_passes_find_a_cache_whose_memory_is_static(without_shape_check
     ids, cache = tokens(2, length), StaticCache(config=model.config, max_cache_len=20)
     plain = greedy(model, ids)
     settings = SpeculativeConfig(num_draft_tokens=1, compile_options={"backend": "eager"})
-    assert torch.equal(greedy(model, ids, speculative=settings, past_key_values=cache), plain)
+    assert torch.equal(greedy(model, ids, speculative=settings, **{CACHE: cache}), plain)
     assert all(hasattr(layer.keys, "_dynamo_static_input_type") for layer in cache.layers)
 
 
@@ -223,7 +224,7 @@ def test_flash_attention_over_a_static_cache_falls_back_with_a_warning(model, mo
     plain = greedy(model, ids)
     monkeypatch.setattr(api, "_uses_flash_attention", lambda model: True)
     with pytest.warns(SpeculativeFallbackWarning, match="flash attention"):
-        assert torch.equal(greedy(model, ids, speculative=2, past_key_values=cache), plain)
+        assert torch.equal(greedy(model, ids, speculative=2, **{CACHE: cache}), plain)
 
 
 def test_both_passes_compile_as_whole_graphs_over_a_static_cache(without_shape_checks, model):

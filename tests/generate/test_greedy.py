@@ -7,6 +7,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sta
 from models import VOCAB, tokens
 from shadowpeft import SpeculativeConfig, collect_statistics
 from shadowpeft.model.architectures import ARCHITECTURES
+from shadowpeft.model.cache import CACHE
 from speculation import adapted, oracle
 
 pytestmark = pytest.mark.contract
@@ -48,7 +49,7 @@ def test_208_prompts_get_the_tokens_of_plain_greedy(prompts, kind, wrong_every):
     for rows in torch.arange(NUM_PROMPTS).split(52):
         settings = rigged(plain[rows], wrong_every)
         assert torch.equal(
-            greedy(model, ids[rows], speculative=settings, past_key_values=make_cache(kind, model)), plain[rows]
+            greedy(model, ids[rows], speculative=settings, **{CACHE: make_cache(kind, model)}), plain[rows]
         )
 
 
@@ -127,7 +128,7 @@ def test_left_padded_rows_accept_their_own_numbers(model_type, kind):
     plain = greedy(model, padded, **options)
     with collect_statistics() as statistics:
         drafted = greedy(
-            model, padded, speculative=rigged(plain, 5), past_key_values=make_cache(kind, model), **options
+            model, padded, speculative=rigged(plain, 5), **{CACHE: make_cache(kind, model)}, **options
         )
     assert torch.equal(drafted, plain)
     assert statistics[0].num_accepted > statistics[0].num_rounds
@@ -174,10 +175,10 @@ def test_a_prompt_whose_last_token_is_masked_is_read_as_in_plain_decoding(kind):
     mask = torch.ones_like(ids)
     mask[1, -3:] = 0
     options = {"attention_mask": mask}
-    plain = greedy(model, ids, past_key_values=make_cache(kind, model), **options)
-    drafted = greedy(model, ids, speculative=rigged(plain, 3), past_key_values=make_cache(kind, model), **options)
+    plain = greedy(model, ids, **{CACHE: make_cache(kind, model)}, **options)
+    drafted = greedy(model, ids, speculative=rigged(plain, 3), **{CACHE: make_cache(kind, model)}, **options)
     assert torch.equal(drafted, plain)
-    assert torch.equal(greedy(model, ids, speculative=3, past_key_values=make_cache(kind, model), **options), plain)
+    assert torch.equal(greedy(model, ids, speculative=3, **{CACHE: make_cache(kind, model)}, **options), plain)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

@@ -10,6 +10,7 @@ from shadowpeft import SpeculativeConfig
 from shadowpeft.generate import SpeculativeFallbackWarning
 from shadowpeft.generate.rollback import recording, roll_back, why_not_croppable
 from shadowpeft.model.architectures import decoder_of
+from shadowpeft.model.cache import CACHE
 from speculation import adapted, oracle
 
 LENGTH, NEW = 9, 14
@@ -72,8 +73,8 @@ def test_windows_that_have_slid_are_rolled_back_exactly(model_type, wrong_every)
 def test_a_bare_cache_of_a_model_of_windows_alone_serves_both_paths():
     model, ids = adapted("mistral"), tokens(2, LENGTH)
     plain = generate(model, ids, use_cache=False)
-    assert torch.equal(generate(model, ids, past_key_values=DynamicCache()), plain)
-    assert torch.equal(generate(model, ids, speculative=rigged(plain, 3), past_key_values=DynamicCache()), plain)
+    assert torch.equal(generate(model, ids, **{CACHE: DynamicCache()}), plain)
+    assert torch.equal(generate(model, ids, speculative=rigged(plain, 3), **{CACHE: DynamicCache()}), plain)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "mistral"])
@@ -89,7 +90,7 @@ def test_a_static_window_that_never_fills_is_rolled_back():
     model, ids = adapted("gemma3_text", sliding_window=40), tokens(2, LENGTH)
     plain = generate(model, ids, use_cache=False)
     cache = StaticCache(config=model.config, max_cache_len=30)
-    assert torch.equal(generate(model, ids, speculative=rigged(plain), past_key_values=cache), plain)
+    assert torch.equal(generate(model, ids, speculative=rigged(plain), **{CACHE: cache}), plain)
 
 
 @torch.no_grad()
@@ -111,7 +112,7 @@ def test_a_cache_of_unknown_layers_is_named():
     cache.layers[1] = Odd()
     assert "type Odd cannot give up its last tokens" in why_not_croppable(cache, 10)
     with pytest.warns(SpeculativeFallbackWarning, match="type Odd"):
-        generate(adapted(), tokens(1, LENGTH), speculative=2, past_key_values=cache)
+        generate(adapted(), tokens(1, LENGTH), speculative=2, **{CACHE: cache})
 
 
 def test_recording_is_switched_back_when_a_call_fails():

@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ConfigError
+from shadowpeft.model.cache import CACHE
 
 NEW = 10
 KINDS = ["llama", "qwen3", "gemma3_text", "gpt2", "mistral"]
@@ -39,7 +40,7 @@ def test_a_cache_made_by_the_caller_serves_both_paths(model_type, kind):
         pytest.skip("transformers itself gives a windowed base no window mask with a bare DynamicCache")
     expected = run(model, ids, use_cache=False)
     cache = make_cache(kind, model)
-    assert torch.equal(run(model, ids, past_key_values=cache), expected)
+    assert torch.equal(run(model, ids, **{CACHE: cache}), expected)
     assert len(cache.layers) == 4 + 1
 
 
@@ -88,7 +89,7 @@ def test_generation_continues_from_a_returned_cache(model_type):
     model, ids = adapted(model_type), tokens()
     first = run(model, ids, return_dict_in_generate=True)
     more = torch.cat([first.sequences, tokens(2, 3, seed=9)], 1)
-    continued = run(model, more, past_key_values=first.past_key_values)
+    continued = run(model, more, **{CACHE: first.past_key_values})
     assert torch.equal(continued, run(model, more, use_cache=False))
 
 
@@ -144,3 +145,13 @@ def test_a_full_graph_compiles_and_agrees(without_shape_checks):
     model, ids = adapted(), tokens()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+def test_a_call_takes_its_cache_under_either_name_and_under_one_alone():
+    model, ids = adapted(), tokens()
+    first, second = (make_cache("dynamic", model) for _ in range(2))
+    expected = model(ids, past_key_values=first, use_cache=True).logits
+    assert torch.equal(model(ids, cache=second, use_cache=True).logits, expected)
+    assert second.get_seq_length() == ids.shape[1]
+    with pytest.raises(ConfigError, match="give one of them"):
+        model(ids[:, :1], past_key_values=first, cache=second)

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from shadowpeft.deploy.onnx_model import OnnxModel
 from shadowpeft.deploy.packages import ExportError, check_generates, need
 from shadowpeft.files import new_folder, write_files
+from shadowpeft.model.cache import CACHE
 
 ONNX_FILE = "model.onnx"
 # Protobuf ends at 2 GB, so larger weights go into a file beside the graph.
@@ -90,12 +91,12 @@ def _sample_inputs(model: PreTrainedModel) -> dict[str, Any]:
     ids = torch.arange(2 * length).reshape(2, length) % model.config.vocab_size
     # Without the config, so that layers with a sliding window keep all keys, and the mask alone makes the window.
     cache = DynamicCache()
-    model(input_ids=ids[:, :NUM_PAST], past_key_values=cache, use_cache=True)
+    model(input_ids=ids[:, :NUM_PAST], use_cache=True, **{CACHE: cache})
     return {
         "input_ids": ids[:, NUM_PAST:],
         "attention_mask": torch.ones_like(ids),
         "position_ids": torch.arange(NUM_PAST, length).expand(2, -1).contiguous(),
-        "past_key_values": cache,
+        CACHE: cache,
         "use_cache": True,
     }
 
@@ -115,8 +116,8 @@ def _save(program: Any, model: PreTrainedModel, path: Path) -> None:
 
 def _short_name(name: str) -> str:
     """``input.past_key_values.layers.0.keys`` -> ``past_key_values.0.key``, as other exporters call it."""
-    for prefix, short in (("input.past_key_values.layers.", "past_key_values."),
-                          ("output.past_key_values.layers.", "present.")):  # fmt: skip
+    for prefix, short in ((f"input.{CACHE}.layers.", "past_key_values."),
+                          (f"output.{CACHE}.layers.", "present.")):  # fmt: skip
         if name.startswith(prefix):
             index, part = name.removeprefix(prefix).split(".")
             return f"{short}{index}.{part.removesuffix('s')}"

@@ -24,7 +24,7 @@ from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
 from shadowpeft.generate.timeline import is_fixed
 from shadowpeft.model.architectures import decoder_of
-from shadowpeft.model.cache import shadow_view
+from shadowpeft.model.cache import CACHE, shadow_view
 from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
 
 
@@ -102,7 +102,7 @@ def speculative_decoding(
     """
     if generation_config.num_beams > 1:
         raise ConfigError(_NO_BEAMS.format(generation_config.num_beams))
-    cache: Cache | None = model_kwargs.get("past_key_values")
+    cache: Cache | None = model_kwargs.get(CACHE)
     if cache is None or not model_kwargs.get("use_cache"):
         raise ConfigError("speculative decoding takes rejected tokens out of the cache, but use_cache=False; leave that out")
     if generation_config.return_dict_in_generate and (

@@ -13,6 +13,7 @@ from shadowpeft.core import ShadowNetwork, ShadowRun
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of, head_of
 from shadowpeft.model.attach import RUN_KEYWORD
+from shadowpeft.model.cache import CACHE
 from shadowpeft.model.tasks import ShadowModelForCausalLM
 
 
@@ -63,9 +64,8 @@ class Passes:
             input_ids=tokens,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=self.cache,
             use_cache=True,
-            **{RUN_KEYWORD: ShadowRun(self.network, states)},
+            **{CACHE: self.cache, RUN_KEYWORD: ShadowRun(self.network, states)},
             **self.options,
         )
         return self.model.lm_logits(output.last_hidden_state[:, -num_logits:])

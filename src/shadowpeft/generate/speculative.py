@@ -33,10 +33,11 @@ from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatist
 from shadowpeft.generate.timeline import Timeline
 from shadowpeft.generate.written import Written
 from shadowpeft.model.architectures import head_of
+from shadowpeft.model.cache import CACHE
 from shadowpeft.model.tasks import ShadowModelForCausalLM
 
 # Keywords of a call that both passes set themselves.
-_OWN = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds", "adapter")
+_OWN = ("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds", "adapter")
 
 
 def decode(
@@ -52,7 +53,7 @@ def decode(
     model_kwargs: dict[str, Any],
 ) -> SpeculativeOutput | Tensor:
     """Rounds until every row is finished; arguments as ``generate`` hands them to a decoding method."""
-    cache: Cache = model_kwargs["past_key_values"]
+    cache: Cache = model_kwargs[CACHE]
     written = Written(input_ids, stopping_criteria, generation_config, streamer)
     options = {name: value for name, value in model_kwargs.items() if name not in _OWN and not name.startswith("output_")}
     passes = make_passes(model, network, cache, options=options, draft_vocabulary=speculative.draft_vocabulary)

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from shadowpeft.generate.draft import Known
 from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatistics
+from shadowpeft.model.cache import CACHE
 
 
 class Written:
@@ -85,9 +86,5 @@ class Written:
             self._streamer.end()
         if not self._returns_dict:
             return self.sequences
-        parts: dict[str, Any] = {"sequences": self.sequences, "scores": self._scores, "logits": self._logits}
-        return SpeculativeOutput(
-            **parts,
-            past_key_values=cache,
-            statistics=statistics,
-        )
+        parts: dict[str, Any] = {"sequences": self.sequences, "scores": self._scores, "logits": self._logits, CACHE: cache}
+        return SpeculativeOutput(**parts, statistics=statistics)

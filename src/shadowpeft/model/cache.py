@@ -3,10 +3,27 @@
 Crop, reorder, reset, repeat, select and offload then act on both paths, and ``generate`` needs no override.
 """
 
+from dataclasses import fields
+
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from shadowpeft.errors import ConfigError
+
+# What transformers calls a cache in its keywords, outputs and model_kwargs: "cache" since 5.24, "past_key_values" before.
+CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache of a call that takes it under both names.
+
+    Raises:
+        ConfigError: it was given twice.
+    """
+    if past_key_values is not None and cache is not None:
+        raise ConfigError("past_key_values= and cache= are two names of one thing; give one of them")
+    return cache if past_key_values is None else past_key_values
 
 
 def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfig) -> Cache:

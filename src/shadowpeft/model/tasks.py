@@ -23,6 +23,7 @@ from shadowpeft.core.losses import (
 from shadowpeft.errors import AdapterError
 from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
 from shadowpeft.model.build import is_classifier
+from shadowpeft.model.cache import CACHE, one_cache
 from shadowpeft.model.wrapper import ShadowModel
 
 # Ways of decoding beyond transformers' own, by the keyword of ``generate`` that asks for them. ``shadowpeft.generate``
@@ -83,12 +84,14 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         output_logits: bool | None = None,
         label_smoothing: float = 0.0,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> ShadowCausalLMOutput | tuple:
         """One pass of base and shadow.
 
         Args:
             input_ids: [B, T]. Further arguments as in any causal language model of transformers.
+            past_key_values, cache: the cache of the call under either of the names that transformers has for it.
             labels: [B, T], -100 where there is no loss.
             num_items_in_batch: labels of the whole optimizer step; both losses are divided by it.
             adapter: name of the adapter for this call; ``"__base__"`` for none; default: the active one.
@@ -100,16 +103,17 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **({} if position_ids is None else {"position_ids": position_ids}),
             **kwargs,
         )
         refuse_rows(kwargs)
+        past_key_values = one_cache(past_key_values, cache)
         network = self._chosen(adapter)
         if network is None:
             if labels is not None:
                 inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            inputs[CACHE] = past_key_values
             return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
         if output_logits is None:
             output_logits = labels is None or not self.training
@@ -118,7 +122,11 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             last_block = self._last_block_at(next_token_labels(labels) != IGNORE, kwargs)
         with lean_graph():
             output, initial = self._run_attached(
-                network, use_cache=self._default_use_cache(use_cache, labels), last_block=last_block, **inputs
+                network,
+                past_key_values=past_key_values,
+                use_cache=self._default_use_cache(use_cache, labels),
+                last_block=last_block,
+                **inputs,
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = output.last_hidden_state
@@ -128,7 +136,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         result = ShadowCausalLMOutput(
             loss=None if losses is None else losses.total,
             logits=self.lm_logits(hidden[:, kept]) if output_logits else None,
-            past_key_values=output.past_key_values,
+            **{CACHE: output.get(CACHE)},
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
             main_loss=None if losses is None else losses.main,
@@ -173,12 +181,11 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         For losses that take the head into their own hands. Arguments as in :meth:`forward`.
         """
         inputs = dict(kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
-        inputs |= {"past_key_values": past_key_values, "use_cache": use_cache}
         network = self._chosen(adapter)
         if network is None:
-            return decoder_of(self.base)(**inputs)
+            return decoder_of(self.base)(use_cache=use_cache, **{CACHE: past_key_values}, **inputs)
         with lean_graph():
-            return self._run_attached(network, **inputs)[0]
+            return self._run_attached(network, past_key_values=past_key_values, use_cache=use_cache, **inputs)[0]
 
     def lm_logits(self, hidden: Tensor) -> Tensor:
         """The base's frozen head, with whatever its architecture does to logits: [B, T, d] -> [B, T, V]."""
@@ -234,6 +241,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
         adapter: str | None = None,
         output_shadow_logits: bool = False,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> ShadowClassifierOutput | tuple:
         """One pass; logits [B, C] are read at the last token that is not padding, on either side.
@@ -243,21 +251,24 @@ class ShadowModelForSequenceClassification(ShadowModel):
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **({} if position_ids is None else {"position_ids": position_ids}),
             **kwargs,
         )
         refuse_rows(kwargs)
+        past_key_values = one_cache(past_key_values, cache)
         network = self._chosen(adapter)
         if network is None:
+            inputs[CACHE] = past_key_values
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
         mask = self._padding_mask(input_ids, attention_mask)
         given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
         if labels is not None and given is not None:
             last_block = self._last_block_at(last_token(given, mask), kwargs)
         with lean_graph():
-            output, initial = self._run_attached(network, use_cache=bool(use_cache), last_block=last_block, **inputs)
+            output, initial = self._run_attached(
+                network, past_key_values=past_key_values, use_cache=bool(use_cache), last_block=last_block, **inputs
+            )
         assert network.head is not None and network.shadow_head is not None
         logits = network.head(pool_last_token(output.last_hidden_state, mask).to(network.head.weight))
         main = shadow = loss = shadow_logits = None
@@ -271,7 +282,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
         result = ShadowClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=output.get("past_key_values"),
+            **{CACHE: output.get(CACHE)},
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
             main_loss=_plain(main),

@@ -15,7 +15,7 @@ from shadowpeft.core.needed_rows import only_rows, row_wise_weights
 from shadowpeft.model import checkpoint, detach
 from shadowpeft.model.adapters import AdaptedModel
 from shadowpeft.model.architectures import blocks_of, decoder_of
-from shadowpeft.model.cache import shadow_view
+from shadowpeft.model.cache import CACHE, shadow_view
 from shadowpeft.model.sharded import gathered_state
 
 # Asked of the base alone: the shadow has its own blocks, whose attention maps nobody ordered.
@@ -173,7 +173,7 @@ class ShadowModel(AdaptedModel):
             output = decoder(
                 input_ids=input_ids,
                 inputs_embeds=inputs_embeds,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 shadow_run=ShadowRun(network, initial, before_block=before),
                 **shared,
                 **kwargs,
@@ -205,7 +205,7 @@ class ShadowModel(AdaptedModel):
         backbone = network.backbone
         if past_key_values is not None:
             view = shadow_view(past_key_values, base=decoder_of(self.base).config, shadow=backbone.config)
-            kwargs = kwargs | {"past_key_values": view}
+            kwargs = kwargs | {CACHE: view}
         if inputs_embeds is None and network.config.shares_embeddings:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if inputs_embeds is None:

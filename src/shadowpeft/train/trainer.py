@@ -12,6 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from shadowpeft.errors import CheckpointError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.architectures import refuse_zero3
+from shadowpeft.model.cache import CACHE
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
 from shadowpeft.model.sharded import is_sharded
 from shadowpeft.model.tasks import ShadowModelForCausalLM
@@ -86,7 +87,7 @@ class ShadowTrainer(SafeTrainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
-        ignored = [*(ignore_keys or []), *LOSS_PARTS, "past_key_values"]
+        ignored = [*(ignore_keys or []), *LOSS_PARTS, CACHE]
         return super().prediction_step(model, inputs, prediction_loss_only, ignored)
 
     def save_adapter(self, folder: Path) -> None:

@@ -13,6 +13,7 @@ from shadowpeft.deploy.serve.joining import new_cache
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
 from shadowpeft.model.attach import RUN_KEYWORD
+from shadowpeft.model.cache import CACHE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +94,7 @@ def initial_states(
         network = model.network(name)
         rows = _rows(paths, lambda path, name=name: path.adapter == name, ids)
         cache = _cache(caches, f"shadow:{name}", network.backbone.config)
-        inputs = _inputs(rows, ids, mask) | {"past_key_values": cache}
+        inputs = _inputs(rows, ids, mask) | {CACHE: cache}
         states[name] = rows, model._initial_state(network, ids[rows], None, None, inputs)
     return states
 
@@ -123,8 +124,8 @@ def base_hidden(
     decoder = decoder_of(model.base if isinstance(model, ShadowModel) else model)
     cache = _cache(caches, "base", decoder.config)
     run = {RUN_KEYWORD: MixedRun(parts)} if parts else {}
-    inputs = _inputs(rows, ids, mask)
-    return decoder(input_ids=ids[rows], past_key_values=cache, **inputs, **run).last_hidden_state
+    inputs = _inputs(rows, ids, mask) | {CACHE: cache}
+    return decoder(input_ids=ids[rows], **inputs, **run).last_hidden_state
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
