@@ -146,3 +146,12 @@ def test_the_shadow_runs_once_for_every_token_it_is_given():
         handle.remove()
     # All drafts stand, so each token but the last, which nobody needs to see, passes each of the two once.
     assert seen == {"shadow": LENGTH + NEW - 1, "base": LENGTH + NEW - 1}
+
+
+def test_windows_that_hand_out_all_they_recorded_are_not_drafted_in(monkeypatch):
+    monkeypatch.setattr("shadowpeft.generate.rollback.CAN_DRAFT_IN_WINDOWS", False)
+    model, ids = adapted("mistral"), tokens(2, LENGTH)
+    plain = generate(model, ids)
+    with pytest.warns(SpeculativeFallbackWarning, match=r"update transformers to 5\.18"):
+        assert torch.equal(generate(model, ids, speculative=2), plain)
+    assert torch.equal(generate(adapted("llama"), ids, speculative=2), generate(adapted("llama"), ids))

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate.config import SpeculativeConfig, as_speculative
-from shadowpeft.generate.rollback import why_not_croppable
+from shadowpeft.generate.rollback import why_not_croppable, why_not_draftable
 from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
 from shadowpeft.generate.timeline import is_fixed
@@ -112,8 +112,9 @@ def speculative_decoding(
             "output_attentions and output_hidden_states are not recorded while speculating; leave out speculative="
         )
     # The shadow's layers have to be there before anything is read: what rolls back looks at all of them.
-    shadow_view(cache, base=decoder_of(model.base).config, shadow=network.backbone.config)
-    reason = why_not_croppable(cache, _final_length(input_ids, generation_config, model_kwargs))
+    view = shadow_view(cache, base=decoder_of(model.base).config, shadow=network.backbone.config)
+    final_length = _final_length(input_ids, generation_config, model_kwargs)
+    reason = why_not_croppable(cache, final_length) or why_not_draftable(view, final_length)
     if reason is None and is_fixed(cache) and _uses_flash_attention(model):
         reason = "flash attention knows what is valid in a static cache by the length of the mask; use sdpa or a dynamic cache"
     if reason is not None:

@@ -4,13 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import Cache
+from packaging.version import Version
+from transformers import Cache, __version__
 from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
+
+# Before 5.18 a window that records hands out all that it has recorded, not what its mask covers.
+CAN_DRAFT_IN_WINDOWS = Version(__version__) >= Version("5.18")
 
 
 def why_not_croppable(cache: Cache, final_length: int) -> str | None:
@@ -32,6 +36,14 @@ def why_not_croppable(cache: Cache, final_length: int) -> str | None:
     if replicated not in (None, DynamicLayer):
         return f"layers of type {replicated.__name__} cannot give up their last tokens; use a dynamic cache"
     return None
+
+
+def why_not_draftable(shadow_layers: Cache, final_length: int) -> str | None:
+    """Why several drafts in a row could not be cached, or None if they can; arguments as above, for the shadow's layers."""
+    windows = [layer for layer in shadow_layers.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    if CAN_DRAFT_IN_WINDOWS or all(final_length < layer.sliding_window for layer in windows):
+        return None
+    return "the shadow's window has more keys than its mask as soon as it drafts twice; update transformers to 5.18 or later"
 
 
 def roll_back(cache: Cache, num_tokens: int) -> None:
