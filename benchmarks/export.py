@@ -1,114 +1,167 @@
-"""Size, memory, speed and accuracy of a shadow's exported forms: `python benchmarks/export.py ADAPTER --data TEXT`.
+"""Size, memory, speed and accuracy of a shadow's exported forms: `python benchmarks/export.py ADAPTER --task robot`.
 
-Prints one table and ends with one JSON line. Each form runs in a process of its own, the forms in turn, repeatedly;
-the fastest repetition counts. Accuracy stands beside size: bits a token on held-out text, and the share of greedy
-tokens that equal torch's in float32.
+Prints one table and ends with one JSON line. Each form runs in a process of its own, the forms in turn, repeatedly; times
+and memory are medians. Memory is the peak of the process beyond what it held before runtime and model were loaded.
+Accuracy stands beside size: the task's own metric on test rows, bits a token on the same rows (or on `--data`), and the
+share of greedy tokens that equal torch's in float32.
 """
 
 import argparse
 import itertools
 import json
-import platform
+import statistics
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from shadowpeft.deploy.commands import detach, export
 from shadowpeft.deploy.gguf import SUPPORTED
-from shadowpeft.deploy.measure import measure
+from shadowpeft.deploy.measure import Questions, measure
 from shadowpeft.errors import DataError
+from shadowpeft.evaluate.record import origin, write_record
+from shadowpeft.evaluate.result import Answers, scored
 from shadowpeft.model.load import find_tokenizer
 from shadowpeft.model.pretrained import read_raw_config
+from shadowpeft.train.answers import Row
+from shadowpeft.train.data import all_prompt_ids, load_rows, target_ids
+from shadowpeft.train.run import task_named
+from shadowpeft.train.tasks import Task
 from shadowpeft.train.text import stream_texts
 
 RUNNABLE = {"torch-float32": "torch", "onnx": "onnx", "onnx-int8": "onnx"}
+REFERENCE = "torch-float32"
 
 
 def write_forms(adapter: str, base: str | None, folder: Path) -> dict[str, Path]:
     """Every form that this shadow can take, by name."""
     quiet = Console(quiet=True)
     forms = {name: folder / name for name in (*RUNNABLE, "gguf", "gguf-f16")}
-    detach(adapter, str(forms["torch-float32"]), quiet, base=base, dtype="float32")
-    if read_raw_config(str(forms["torch-float32"]))["model_type"] not in SUPPORTED:
+    detach(adapter, str(forms[REFERENCE]), quiet, base=base, dtype="float32")
+    if read_raw_config(str(forms[REFERENCE]))["model_type"] not in SUPPORTED:
         forms = {name: path for name, path in forms.items() if not name.startswith("gguf")}
     for name, path in forms.items():
-        if name != "torch-float32":
-            export(str(forms["torch-float32"]), str(path), quiet, format=name)
+        if name != REFERENCE:
+            export(str(forms[REFERENCE]), str(path), quiet, format=name)
     return forms
 
 
-def token_rows(data: str, folder: Path, *, num_rows: int, length: int) -> list[list[int]]:
-    tokenizer = find_tokenizer(str(folder))
-    if tokenizer is None:
-        raise DataError("the adapter and its base have no tokenizer, so text cannot be read")
-    encoded = (tokenizer(text)["input_ids"][:length] for text in stream_texts(data))
-    rows = list(itertools.islice((row for row in encoded if len(row) >= 4), num_rows))
-    if not rows:
-        raise DataError(f"{data!r} holds no text of at least 4 tokens")
-    return rows
+def texts_of(data: str, tokenizer: Any) -> list[list[int]]:
+    """Token ids of the texts of a file, those long enough to be cut in two."""
+    encoded = (tokenizer(text)["input_ids"] for text in stream_texts(data))
+    return list(itertools.islice((row for row in encoded if len(row) >= 4), 1000))
 
 
-def run(forms: dict[str, Path], rows: list[list[int]], *, new_tokens: int, num_threads: int, repeats: int) -> dict:
-    results: dict[str, dict] = {}
-    for _ in range(repeats):
+def run(
+    forms: dict[str, Path], rows: list[list[int]], questions: Questions, *, new_tokens: int, num_threads: int, repeats: int
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[list[int]]]]:
+    """(what was measured of each form, its answers)."""
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNNABLE}
+    for repeat in range(repeats):
         for name, kind in RUNNABLE.items():
-            found = measure(kind, forms[name], rows, new_tokens=new_tokens, num_threads=num_threads)
-            if name not in results or found["tokens_per_second"] > results[name]["tokens_per_second"]:
-                results[name] = found
-    reference = results["torch-float32"]["decoded"]
-    for found in results.values():
-        rows_of_both = zip(found["decoded"], reference, strict=True)
-        equal = [a == b for one, two in rows_of_both for a, b in zip(one, two, strict=True)]
-        found["same_greedy_tokens"] = sum(equal) / len(equal)
-    for found in results.values():
-        del found["decoded"]
+            # Answers do not change from one repetition to the next.
+            asked = questions if repeat == 0 else None
+            found = measure(kind, forms[name], rows, new_tokens=new_tokens, num_threads=num_threads, questions=asked)
+            runs[name].append(found)
+    reference = runs[REFERENCE][0]["decoded"]
+    results: dict[str, dict[str, Any]] = {}
+    for name, found in runs.items():
+        pairs = zip(found[0]["decoded"], reference, strict=True)
+        equal = [a == b for one, two in pairs for a, b in zip(one, two, strict=True)]
+        results[name] = {
+            "file_bytes": found[0]["file_bytes"],
+            "bits_per_token": found[0]["bits_per_token"],
+            "same_greedy_tokens": sum(equal) / len(equal),
+        } | {
+            key: statistics.median(each[key] for each in found)
+            for key in ("tokens_per_second", "load_seconds", "peak_bytes", "peak_bytes_before_loading")
+        }
     for name in forms.keys() - results.keys():
         results[name] = {"file_bytes": (forms[name] / "model.gguf").stat().st_size}  # read back, but not run, here
-    return results
+    return {name: results[name] for name in forms}, {name: found[0]["answers"] for name, found in runs.items()}
 
 
-def print_table(results: dict[str, dict]) -> None:
-    table = Table(title="exported forms of one detached shadow")
-    for heading in ("form", "file MB", "peak MB", "tokens/s", "bits/token", "greedy as torch"):
-        table.add_column(heading, justify="left" if heading == "form" else "right")
+def add_scores(
+    results: dict[str, Any], answers: dict[str, list[list[int]]], task: Task, rows: list[Row], tokenizer: Any
+) -> None:
+    """The task's metric and its interval, for every form that answered."""
+    for name, ids in answers.items():
+        texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+        count = sum(map(len, ids))
+        found = scored(task, rows, Answers(texts=texts, num_truncated=0, seconds=0.0, num_tokens=count))
+        same = sum(one == two for one, two in zip(ids, answers[REFERENCE], strict=True)) / len(ids)
+        results[name] |= {"score": found.metrics[task.metric], "interval": found.interval, "same_answers": same}
+
+
+def table(results: dict[str, dict[str, Any]], metric: str) -> str:
+    lines = [
+        f"| form | file MB | memory MB | tokens/s | ratio | {metric} | answers as torch's | bits/token |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    speed = results[REFERENCE]["tokens_per_second"]
     for name, found in results.items():
         shown = [f"{found['file_bytes'] / 1e6:.2f}"]
-        if "peak_bytes" in found:
-            shown += [f"{found['peak_bytes'] / 1e6:.0f}", f"{found['tokens_per_second']:.1f}"]
-            shown += [f"{found['bits_per_token']:.4f}", f"{100 * found['same_greedy_tokens']:.1f}%"]
-        table.add_row(name, *shown)
-    Console().print(table)
+        if "tokens_per_second" in found:
+            memory = found["peak_bytes"] - found["peak_bytes_before_loading"]
+            shown += [f"{memory / 1e6:.0f}", f"{found['tokens_per_second']:.0f}"]
+            shown += [f"{found['tokens_per_second'] / speed:.2f}", f"{100 * found['score']:.1f}"]
+            shown += [f"{100 * found['same_answers']:.1f}%", f"{found['bits_per_token']:.4f}"]
+        else:
+            shown += ["-"] * 6
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("adapter")
+    parser.add_argument("--task", default="robot", help="task whose test rows are answered")
+    parser.add_argument("--task-data", type=Path, help="its data; default: as in `shadowpeft eval`")
+    parser.add_argument("--data", help="text for bits/token and speed, .txt or .jsonl; default: the task's rows")
+    parser.add_argument("--base", help="base, if not the one the adapter names")
+    parser.add_argument("--questions", type=int, default=300)
+    parser.add_argument("--rows", type=int, default=16, help="of text")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a text at most")
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="also write the result, with its origin, to this JSON file")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("adapter")
-    parser.add_argument("--data", required=True, help="held-out text: .txt or .jsonl")
-    parser.add_argument("--base", help="base, if not the one the adapter names")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--new-tokens", type=int, default=48)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    given = parser.parse_args()
+    given = arguments()
+    task = task_named(given.task)
+    if task.kind != "generation":
+        raise DataError(f"task {task.name!r} is not answered by text; choose one that is")
+    asked = load_rows(task, "test", source=given.task_data, limit=given.questions)
     with tempfile.TemporaryDirectory() as work:
         forms = write_forms(given.adapter, given.base, Path(work))
-        rows = token_rows(given.data, forms["torch-float32"], num_rows=given.rows, length=given.length)
-        results = run(forms, rows, new_tokens=given.new_tokens, num_threads=given.threads, repeats=given.repeats)
-    print_table(results)
-    packages = ("shadowpeft", "torch", "transformers", "onnxruntime", "onnx", "gguf")
-    origin = {
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
-        "processor": platform.processor() or platform.machine(),
-        "num_threads": given.threads,
-        "num_rows": len(rows),
-        "new_tokens": given.new_tokens,
-        "repeats": given.repeats,
-    }
-    print(json.dumps({"benchmark": "export", "origin": origin, "results": results}))
+        tokenizer = find_tokenizer(str(forms[REFERENCE]))
+        if tokenizer is None:
+            raise DataError("the adapter and its base have no tokenizer, so text cannot be read")
+        prompts = all_prompt_ids(task, tokenizer, asked)
+        questions = Questions(prompts=prompts, max_new_tokens=task.max_new_tokens, eos=tokenizer.eos_token_id)  # type: ignore[arg-type]
+        targets = target_ids(tokenizer, [task.target(row) for row in asked])
+        texts = texts_of(given.data, tokenizer) if given.data else [a + b for a, b in zip(prompts, targets, strict=True)]
+        rows = [text[: given.length] for text in texts[: given.rows]]
+        if not rows:
+            raise DataError(f"{given.data!r} holds no text of at least 4 tokens")
+        results, answers = run(
+            forms, rows, questions, new_tokens=given.new_tokens, num_threads=given.threads, repeats=given.repeats
+        )
+        add_scores(results, answers, task, asked, tokenizer)
+    print(table(results, task.metric))
+    payload = {
+        "benchmark": "export",
+        "setting": {"task": task.name, "metric": task.metric, "questions": len(asked), "rows": len(rows),
+                    "new_tokens": given.new_tokens, "threads": given.threads, "repeats": given.repeats},
+        "results": results,
+    }  # fmt: skip
+    if given.out is not None:
+        write_record(given.out, payload)
+    print(json.dumps({**payload, "origin": origin()}))
 
 
 if __name__ == "__main__":

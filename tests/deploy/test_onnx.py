@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.deploy import packages
+from shadowpeft.deploy.measure import Questions, measure, measure_here
 from shadowpeft.deploy.onnx import check_onnx, quantise, write_onnx
 from shadowpeft.deploy.onnx_model import OnnxModel
 from shadowpeft.deploy.packages import ExportError
@@ -46,6 +47,23 @@ def test_greedy_tokens_with_cache_equal_torchs(exported, length):
     ids = tokens(1, length)
     expected = model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert np.array_equal(OnnxModel(folder, num_threads=1).generate(ids.numpy(), max_new_tokens=12), expected.numpy())
+
+
+def test_both_runtimes_are_measured_on_the_same_tokens_and_answer_alike(exported, tmp_path):
+    folder, model = exported
+    model.save_pretrained(tmp_path)
+    rows = [tokens(1, 8, seed=seed)[0].tolist() for seed in range(3)]
+    # The token that this model writes third, so that the first answer ends early.
+    eos = model.generate(tokens(1, 5), max_new_tokens=3, min_new_tokens=3, do_sample=False)[0, -1].item()
+    questions = Questions(prompts=[tokens(1, 5)[0].tolist(), rows[1]], max_new_tokens=6, eos=eos)
+    options = {"new_tokens": 4, "num_threads": 1, "questions": questions}
+    ours = {kind: measure(kind, place, rows, **options) for kind, place in (("torch", tmp_path), ("onnx", folder))}
+    assert ours["onnx"]["answers"] == ours["torch"]["answers"] and ours["onnx"]["decoded"] == ours["torch"]["decoded"]
+    assert ours["torch"]["answers"][0][-1] == eos and len(ours["torch"]["answers"][0]) <= 3
+    # Two float32 runtimes, a handful of tokens.
+    assert ours["onnx"]["bits_per_token"] == pytest.approx(ours["torch"]["bits_per_token"], abs=1e-4)
+    here = measure_here({"kind": "onnx", "folder": str(folder), "rows": rows, "new_tokens": 4, "num_threads": 1})
+    assert here["answers"] == [] and here["peak_bytes"] >= here["peak_bytes_before_loading"] > 0
 
 
 @torch.no_grad()

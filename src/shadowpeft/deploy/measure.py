@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,27 @@ from shadowpeft.errors import ConfigError
 KINDS = ("torch", "onnx")
 # A row of logits for [1, T] ids, and greedy decoding of n tokens behind [1, T] ids.
 Logits = Callable[[np.ndarray], np.ndarray]
-Generate = Callable[[np.ndarray, int], np.ndarray]
+Generate = Callable[..., np.ndarray]
 
 
-def measure(kind: str, folder: Path, rows: list[list[int]], *, new_tokens: int, num_threads: int) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Prompts to answer greedily: token ids of each, the longest answer, and the token that ends one."""
+
+    prompts: list[list[int]]
+    max_new_tokens: int
+    eos: int | None
+
+
+def measure(
+    kind: str,
+    folder: Path,
+    rows: list[list[int]],
+    *,
+    new_tokens: int,
+    num_threads: int,
+    questions: Questions | None = None,
+) -> dict[str, Any]:
     """Runs :func:`measure_here` in a process of its own.
 
     Args:
@@ -32,10 +51,12 @@ def measure(kind: str, folder: Path, rows: list[list[int]], *, new_tokens: int, 
         rows: token ids of held-out texts, at least 2 each.
         new_tokens: tokens decoded behind the first half of each row.
         num_threads: of the runtime.
+        questions: answered behind everything that is timed; the ids are in ``answers``.
     """
     if kind not in KINDS:
         raise ConfigError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}")
     job = {"kind": kind, "folder": str(folder), "rows": rows, "new_tokens": new_tokens, "num_threads": num_threads}
+    job["questions"] = None if questions is None else asdict(questions)
     command = [sys.executable, "-m", "shadowpeft.deploy.measure"]
     done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True)
     if done.returncode:
@@ -60,14 +81,21 @@ def measure_here(job: dict[str, Any]) -> dict[str, Any]:
     started = time.perf_counter()
     decoded = [generate(prompt, job["new_tokens"])[0, prompt.shape[1] :].tolist() for prompt in prompts]
     seconds = time.perf_counter() - started
+    peak = _peak_bytes()
+    asked = job.get("questions") or {"prompts": []}
+    answers = []
+    for prompt in asked["prompts"]:
+        ids = generate(np.array([prompt], dtype=np.int64), asked["max_new_tokens"], asked["eos"])
+        answers.append(ids[0, len(prompt) :].tolist())
     return {
         "file_bytes": _weight_bytes(folder),
         "load_seconds": load_seconds,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak,
         "peak_bytes_before_loading": before,
         "tokens_per_second": sum(map(len, decoded)) / seconds,
         "bits_per_token": _bits_per_token(logits, rows),
         "decoded": decoded,
+        "answers": answers,
     }
 
 
@@ -76,7 +104,7 @@ def _open(kind: str, folder: Path, num_threads: int) -> tuple[Logits, Generate]:
         from shadowpeft.deploy.onnx_model import OnnxModel
 
         runner = OnnxModel(folder, num_threads=num_threads)
-        return lambda ids: runner.run(ids, None)[0], lambda ids, n: runner.generate(ids, max_new_tokens=n)
+        return lambda ids: runner.run(ids, None)[0], partial(_generate_onnx, runner)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -88,13 +116,18 @@ def _open(kind: str, folder: Path, num_threads: int) -> tuple[Logits, Generate]:
         return model(torch.from_numpy(ids)).logits.numpy()
 
     @torch.inference_mode()
-    def generate(ids: np.ndarray, count: int) -> np.ndarray:
+    def generate(ids: np.ndarray, count: int, eos: int | None = None) -> np.ndarray:
         given = torch.from_numpy(ids)
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        options = {"max_new_tokens": count, "min_new_tokens": count if eos is None else None, "do_sample": False}
+        options |= {"eos_token_id": eos, "pad_token_id": eos}
         writer: Any = model
         return writer.generate(given, attention_mask=torch.ones_like(given), **options).numpy()
 
     return logits, generate
+
+
+def _generate_onnx(runner: Any, ids: np.ndarray, count: int, eos: int | None = None) -> np.ndarray:
+    return runner.generate(ids, max_new_tokens=count, eos=eos)
 
 
 def _bits_per_token(logits: Logits, rows: list[np.ndarray]) -> float:
@@ -114,6 +147,11 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def _peak_bytes() -> int:
+    """Peak resident set of this process. ``ru_maxrss`` starts at what the parent had when it forked; Linux knows better."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -203,7 +203,9 @@ def find_folder(adapter: str | Path, **hub_options: Any) -> Path:
 def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}; is it a shadowpeft adapter folder?")
+        inside = folder / "adapter"  # where a run keeps it
+        hint = f"the adapter of this run is {inside}" if (inside / CONFIG_FILE).is_file() else "is it an adapter's folder?"
+        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}; {hint}")
     try:
         described = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
