@@ -15,7 +15,10 @@ from shadowpeft.deploy.convert import convert_checkpoint, detect
 from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.model.pretrained import PROJECTION_FILE
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # the peers, under transformers 5.24
+]
 SIZES = {"r": 4, "update_hidden_size": 3, "shadow_intermediate_size": 20, "shadow_alpha": 0.5}
 
 

@@ -16,8 +16,8 @@ PAGES = {
     "compare-lora": (1, 1, ["compare", "compare"], ("peft",)),
     "migrate": (4, 0, ["convert", "convert"], ("peft", "shadow_peft")),
 }
-# Raised by peft under transformers 5.23.
-pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
+# Raised by the peers under transformers 5.23 and 5.24.
+pytestmark = pytest.mark.filterwarnings("ignore:.((is_)?gradient_checkpointing|past_key_values). is deprecated:FutureWarning")
 
 
 def test_every_tutorial_is_listed_here():

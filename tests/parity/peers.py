@@ -16,6 +16,7 @@ from transformers import AutoModel, PreTrainedModel
 from models import randomise, tiny_base, tokens
 from shadowpeft import ShadowConfig, ShadowModel, get_shadow_model
 from shadowpeft.model.architectures import architecture_of, decoder_of
+from shadowpeft.model.cache import CACHE
 from shadowpeft.model.convert import blocks_path, from_authors, from_peft, to_authors, to_peft
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2", "gpt_neox", "opt")
@@ -378,7 +379,10 @@ def check_decoding(peer: Peer, architecture: str) -> None:
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "use_cache": True}
     ids = tokens(2, 5)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    assert torch.equal(ours.generate(**inputs, **options), theirs.generate(**inputs, **options))
+    # peft 0.21 looks for a cache by the name it had before transformers 5.24, and without it its shadow forgets the prompt.
+    finds_cache = not isinstance(peer, Peft) or CACHE == "past_key_values"
+    expected = theirs.generate(**inputs, **options | {"use_cache": finds_cache})
+    assert torch.equal(ours.generate(**inputs, **options), expected)
 
 
 @torch.no_grad()

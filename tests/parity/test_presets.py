@@ -16,7 +16,10 @@ from parity.peers import (
 )
 
 # Raised by peft's own constructor under transformers 5.23.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # the peers, under transformers 5.24
+]
 
 
 @pytest.fixture(params=sorted(PEERS), scope="module")

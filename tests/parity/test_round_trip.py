@@ -6,7 +6,10 @@ from safetensors.torch import load_file, save_file
 
 from parity.peers import CASES, PEERS, Peer, build_pair, compare
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),  # the peers, under transformers 5.24
+]
 # Those with tensors beyond the usual: a projection, a token table of their own or an unused one, heads, a prefix.
 SPECIAL = [
     case
