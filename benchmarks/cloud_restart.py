@@ -34,7 +34,7 @@ from rich.table import Table
 from serving import TASK, TIE, Answer, Asked, Lost, ask, gap_where_they_part, milliseconds, prompts, random_adapters
 from shadowpeft.deploy.route.artefact import Router, save_router
 from shadowpeft.deploy.route.calibration import Temperature
-from shadowpeft.deploy.route.operating import ALL_TO_CLOUD, Example, operating_point
+from shadowpeft.deploy.route.operating import ALL_TO_CLOUD, Example, Target, operating_point
 from shadowpeft.deploy.route.scores import all_scores
 from shadowpeft.deploy.serve.loading import load_served, parse_adapter
 from shadowpeft.deploy.serve.mixed import Path as ModelPath
@@ -114,7 +114,7 @@ def fresh_router(path: Path, folder: str, texts: Sequence[str], options: argpars
         examples=rows,
         report={},
     )
-    save_router(router.with_target(max_cloud_share=options.share), path)
+    save_router(router.with_target(Target(max_cloud_share=options.share)), path)
     return path
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import set_seed
 
 from shadowpeft import ShadowConfig, ShadowModel
-from shadowpeft.deploy.route import Router, fit_router, load_router, observe, save_router, skills_of
+from shadowpeft.deploy.route import Router, Target, fit_router, load_router, observe, save_router, skills_of
 from shadowpeft.deploy.serve import load_served
 from shadowpeft.deploy.system_eval import SystemConfig, run_system, write_report
 from shadowpeft.deploy.system_eval.figures import routers_on_test, scope_detection
@@ -121,15 +121,16 @@ def lora_of(given: argparse.Namespace, task: str, num_parameters: int) -> Path:
 
 
 def calibrated(given: argparse.Namespace, task: str, model: ShadowModel, tokenizer: Any) -> Router:
-    """The router with the best validation accuracy within the share, or within that which its grammar takes by itself."""
+    """The router with the best validation accuracy within the share of commands in scope, or what its grammar sends anyway."""
     path = given.work / task / "router.json"
     if not path.is_file():
         rows = rows_of(given, task, "validation", given.calibration_rows) + out_of_scope(given, task, "val")
         skills = skills_of(TASKS[task], rows_of(given, task, "train"))
         examples = observe(model, tokenizer, TASKS[task], rows, adapter="cloud", skills=skills).examples
-        least = sum(example.reason is not None for example in examples) / len(examples)
-        share = max(given.max_cloud_share, least)
-        save_router(fit_router(examples, skills=skills, task=task, max_cloud_share=share), path)
+        normal = [example for example in examples if not example.is_out_of_scope]
+        least = sum(example.reason is not None for example in normal) / len(normal)
+        target = Target(max_normal_share=max(given.max_normal_share, least))
+        save_router(fit_router(examples, skills=skills, task=task, target=target), path)
     return load_router(path)
 
 
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--scored-rows", type=int, default=1000, help="test rows asked without servers, and as many out of it")
     parser.add_argument("--rows", type=int, default=300, help="test rows that are replayed")
     parser.add_argument("--out-of-scope-rows", type=int, default=60, help="more of them, where the task has a file of such")
-    parser.add_argument("--max-cloud-share", type=float, default=0.25)
+    parser.add_argument("--max-normal-share", type=float, default=0.25, help="of the commands in scope, to the cloud")
     parser.add_argument("--round-trip-ms", type=float, default=50.0)
     parser.add_argument("--tiny", action="store_true", help="two steps, a few rows: does it run?")
     given = parser.parse_args()
@@ -237,7 +238,7 @@ def main() -> None:
         model = load_served([f"cloud={shadow}"]).model
         assert isinstance(model, ShadowModel)
         trained[task] = shadow, lora_of(given, task, parameters_in_use(model)["attached"])
-    settings = {name: getattr(given, name) for name in ("distillation", "round_trip_ms", "max_cloud_share")}
+    settings = {name: getattr(given, name) for name in ("distillation", "round_trip_ms", "max_normal_share")}
     record: dict[str, Any] = {**settings, "tasks": {}}
     for task in tasks:
         record["tasks"][task] = measure(given, task, *trained[task])

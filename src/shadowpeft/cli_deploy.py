@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="tokens of an answer whose reque
 Temperature = Annotated[float, typer.Option(help="of a request that names none; 0 takes the most likely token")]
 Seconds = Annotated[float, typer.Option(help="an answer is given up after so long")]
 MaxBytes = Annotated[int, typer.Option(help="size of a request's body at most")]
+MaxNormalShare = Annotated[float | None, typer.Option(help="send at most this share of the rows in scope there")]
 MaxShare = Annotated[float | None, typer.Option(help="send at most this share of the validation rows to the cloud")]
 MinAccuracy = Annotated[float | None, typer.Option(help="reach this accuracy on the validation rows, as cheaply as possible")]
 TaskName = Annotated[str, typer.Option(help="task name; see `shadowpeft info`")]
@@ -36,6 +37,10 @@ def _commands() -> ModuleType:
     except ImportError as error:
         raise ConfigError(f"this command needs more packages ({error.name}): pip install 'shadowpeft[serve]'") from error
     return commands
+
+
+def _target(**shares: float | None) -> Any:
+    return _commands().Target(**shares)
 
 
 def add_verbs(app: typer.Typer, console: Console) -> None:
@@ -93,6 +98,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         breaker_failures: Annotated[int, typer.Option(help="failures in a row, then the cloud is left alone")] = 5,
         breaker_seconds: Annotated[float, typer.Option(help="for so long")] = 5.0,
         max_cloud_share: MaxShare = None,
+        max_normal_share: MaxNormalShare = None,
         min_accuracy: MinAccuracy = None,
         never_escalate: Annotated[bool, typer.Option(help="privacy: nothing leaves the device")] = False,
         host: Host = "127.0.0.1",
@@ -117,8 +123,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             cloud_attempts=cloud_attempts,
             breaker_failures=breaker_failures,
             breaker_seconds=breaker_seconds,
-            max_cloud_share=max_cloud_share,
-            min_accuracy=min_accuracy,
+            target=_target(max_cloud_share=max_cloud_share, max_normal_share=max_normal_share, min_accuracy=min_accuracy),
             never_escalate=never_escalate,
             host=host,
             port=port,
@@ -147,6 +152,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         score: Annotated[str | None, typer.Option(help="confidence score [default: the best on these rows]")] = None,
         kind: Annotated[str, typer.Option(help="temperature or isotonic")] = "temperature",
         max_cloud_share: MaxShare = None,
+        max_normal_share: MaxNormalShare = None,
         min_accuracy: MinAccuracy = None,
         batch_size: Annotated[int, typer.Option(help="rows a batch")] = 32,
         allow_other_weights: OtherWeights = False,
@@ -165,8 +171,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             edge=edge,
             score=score,
             kind=kind,
-            max_cloud_share=max_cloud_share,
-            min_accuracy=min_accuracy,
+            target=_target(max_cloud_share=max_cloud_share, max_normal_share=max_normal_share, min_accuracy=min_accuracy),
             batch_size=batch_size,
             allow_other_weights=allow_other_weights,
         )
@@ -189,6 +194,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         concurrency: Annotated[int, typer.Option(help="requests under way at a time")] = 1,
         max_tokens: Annotated[int | None, typer.Option(help="of an answer [default: the task's]")] = None,
         max_cloud_share: MaxShare = None,
+        max_normal_share: MaxNormalShare = None,
         min_accuracy: MinAccuracy = None,
     ) -> None:
         """Measure edge, router and cloud as one system of processes, against the cloud alone."""
@@ -204,7 +210,6 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             megabits=megabits,
             concurrency=concurrency,
             max_tokens=max_tokens,
-            max_cloud_share=max_cloud_share,
-            min_accuracy=min_accuracy,
+            target=_target(max_cloud_share=max_cloud_share, max_normal_share=max_normal_share, min_accuracy=min_accuracy),
         )
         commands.system_eval(config, console, task=task, data=data, split=split, extra_rows=extra_rows or [], limit=limit)

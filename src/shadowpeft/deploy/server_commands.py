@@ -14,6 +14,7 @@ from shadowpeft.deploy.route import (
     CloudSettings,
     EdgeService,
     Router,
+    Target,
     fit_router,
     load_router,
     observe,
@@ -81,8 +82,7 @@ def edge(
     cloud_attempts: int,
     breaker_failures: int,
     breaker_seconds: float,
-    max_cloud_share: float | None,
-    min_accuracy: float | None,
+    target: Target,
     never_escalate: bool,
     host: str,
     port: int,
@@ -93,8 +93,8 @@ def edge(
     """Serves a detached shadow behind a router until told to stop."""
     check_free(host, port)
     chosen = load_router(router)
-    if max_cloud_share is not None or min_accuracy is not None:
-        chosen = chosen.with_target(max_cloud_share=max_cloud_share, min_accuracy=min_accuracy)
+    if target.given():
+        chosen = chosen.with_target(target)
     if cloud is None and not never_escalate:
         raise ConfigError("name the cloud's address with --cloud URL, or switch it off with --never-escalate")
     options = _settings(settings, chosen.task)
@@ -139,8 +139,7 @@ def calibrate(
     edge: str | None,
     score: str | None,
     kind: str,
-    max_cloud_share: float | None,
-    min_accuracy: float | None,
+    target: Target,
     batch_size: int,
     allow_other_weights: bool,
 ) -> Router:
@@ -160,8 +159,7 @@ def calibrate(
         kind=kind,
         skills=skills,
         task=task,
-        max_cloud_share=max_cloud_share,
-        min_accuracy=min_accuracy,
+        target=target,
     )
     router.report["attached_auroc_in_scope"] = observed.cloud_auroc_in_scope()
     save_router(router, output)

@@ -6,7 +6,7 @@ import pytest
 from shadowpeft.deploy.route.artefact import fit_router, load_router, save_router
 from shadowpeft.deploy.route.breaker import CircuitBreaker
 from shadowpeft.deploy.route.grammar import reason_to_escalate
-from shadowpeft.deploy.route.operating import ALL_TO_CLOUD, Example, choose_threshold, operating_point
+from shadowpeft.deploy.route.operating import ALL_TO_CLOUD, Example, Target, choose_threshold, operating_point
 from shadowpeft.deploy.route.scores import SCORES
 from shadowpeft.errors import ConfigError
 
@@ -40,18 +40,27 @@ def test_the_grammar_knows_what_the_device_can_do(text, reason):
 
 
 def test_a_share_is_kept_and_used_for_the_best_accuracy_it_buys():
-    threshold = choose_threshold(ROWS, CONFIDENCE, max_cloud_share=0.4)
+    threshold = choose_threshold(ROWS, CONFIDENCE, Target(max_cloud_share=0.4))
     point = operating_point(ROWS, CONFIDENCE, threshold)
     assert point.cloud_share == pytest.approx(0.4) and point.accuracy == pytest.approx(1.0)
     assert point.normal_cloud_share == pytest.approx(3 / 9)
     assert point.cloud_share_interval[0] < 0.4 < point.cloud_share_interval[1]
     assert (
-        operating_point(ROWS, CONFIDENCE, choose_threshold(ROWS, CONFIDENCE, max_cloud_share=0.25)).cloud_share <= 0.25
+        operating_point(ROWS, CONFIDENCE, choose_threshold(ROWS, CONFIDENCE, Target(max_cloud_share=0.25))).cloud_share <= 0.25
     )
 
 
+def test_a_share_of_the_normal_rows_does_not_count_those_out_of_scope():
+    # One row in ten asks for the cloud itself; two of the nine others may go as well.
+    point = operating_point(ROWS, CONFIDENCE, choose_threshold(ROWS, CONFIDENCE, Target(max_normal_share=0.25)))
+    assert point.normal_cloud_share == pytest.approx(2 / 9) and point.cloud_share == pytest.approx(0.3)
+    forced = [*ROWS, example(-0.05, 0.0, 1.0, "no_call")]
+    with pytest.raises(ConfigError, match=r"sends 0\.100 of the normal rows"):
+        choose_threshold(forced, [*CONFIDENCE, 0.95], Target(max_normal_share=0.05))
+
+
 def test_an_accuracy_is_reached_at_the_lowest_share():
-    point = operating_point(ROWS, CONFIDENCE, choose_threshold(ROWS, CONFIDENCE, min_accuracy=0.85))
+    point = operating_point(ROWS, CONFIDENCE, choose_threshold(ROWS, CONFIDENCE, Target(min_accuracy=0.85)))
     assert point.accuracy >= 0.85 and point.cloud_share == pytest.approx(0.3)
 
 
@@ -69,27 +78,28 @@ def test_everything_or_nothing_goes_to_the_cloud_where_that_is_best():
 @pytest.mark.parametrize(
     ("target", "said"),
     [
-        ({"max_cloud_share": 0.05}, "grammar alone sends 0.100"),
+        ({"max_cloud_share": 0.05}, "grammar alone sends 0.100 of the validation"),
+        ({"max_normal_share": -0.1}, "from 0 to 1"),
         ({"min_accuracy": 1.1}, "from 0 to 1"),
-        ({"max_cloud_share": 0.2, "min_accuracy": 0.9}, "not both"),
+        ({"max_cloud_share": 0.2, "min_accuracy": 0.9}, "not max_cloud_share and min_accuracy"),
     ],
 )
 def test_a_target_that_cannot_be_is_refused_with_what_can(target, said):
     with pytest.raises(ConfigError, match=said):
-        choose_threshold(ROWS, CONFIDENCE, **target)
+        choose_threshold(ROWS, CONFIDENCE, Target(**target))
     with pytest.raises(ConfigError, match=r"the best is 0\.9000"):
-        choose_threshold([*ROWS[:-1], example(-0.01, 0.0, 0.0, "remote")], CONFIDENCE, min_accuracy=1.0)
+        choose_threshold([*ROWS[:-1], example(-0.01, 0.0, 0.0, "remote")], CONFIDENCE, Target(min_accuracy=1.0))
 
 
 # ---------------------------------------------------------------- the file
 
 
 def test_a_router_is_the_same_after_a_round_trip_and_takes_a_new_target(tmp_path):
-    router = fit_router(ROWS, score="margin", skills=["sit", "move"], task="robot", max_cloud_share=0.25)
+    router = fit_router(ROWS, score="margin", skills=["sit", "move"], task="robot", target=Target(max_cloud_share=0.25))
     save_router(router, tmp_path / "router.json")
     loaded = load_router(tmp_path / "router.json")
     assert loaded == router
-    assert loaded.with_target(max_cloud_share=0.4).point.cloud_share == pytest.approx(0.4)
+    assert loaded.with_target(Target(max_cloud_share=0.4)).point.cloud_share == pytest.approx(0.4)
     curve = loaded.curve()
     assert curve[0]["share"] == pytest.approx(0.1) and curve[-1]["share"] == 1
     assert "text" not in json.loads((tmp_path / "router.json").read_text())["examples"][0]

@@ -4,6 +4,7 @@ from shadowpeft.deploy.route.artefact import Router, fit_router, load_router, sa
 from shadowpeft.deploy.route.breaker import CircuitBreaker
 from shadowpeft.deploy.route.calibrate import observe, skills_of
 from shadowpeft.deploy.route.cloud import Cloud, CloudSettings
+from shadowpeft.deploy.route.operating import Target
 from shadowpeft.deploy.route.service import EDGE_NAME, EdgeService
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "CloudSettings",
     "EdgeService",
     "Router",
+    "Target",
     "fit_router",
     "load_router",
     "observe",

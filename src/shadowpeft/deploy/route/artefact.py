@@ -12,7 +12,16 @@ from typing import Any
 
 from shadowpeft.deploy.route import calibration as calibrations
 from shadowpeft.deploy.route.calibration import Calibration
-from shadowpeft.deploy.route.operating import Example, OperatingPoint, choose_threshold, escalates, operating_point, sweep
+from shadowpeft.deploy.route.operating import (
+    NO_TARGET,
+    Example,
+    OperatingPoint,
+    Target,
+    choose_threshold,
+    escalates,
+    operating_point,
+    sweep,
+)
 from shadowpeft.deploy.route.scores import SCORES
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.record import write_record
@@ -85,10 +94,10 @@ class Router:
     def _confidences(self) -> list[float]:
         return [self.confidence(example.scores) for example in self.examples]
 
-    def with_target(self, *, max_cloud_share: float | None = None, min_accuracy: float | None = None) -> "Router":
+    def with_target(self, target: Target) -> "Router":
         """The same router at another operating point."""
         confidence = self._confidences()
-        threshold = choose_threshold(self.examples, confidence, max_cloud_share=max_cloud_share, min_accuracy=min_accuracy)
+        threshold = choose_threshold(self.examples, confidence, target)
         return replace(self, point=operating_point(self.examples, confidence, threshold))
 
 
@@ -96,7 +105,7 @@ def _drawn(examples: Sequence[Example], confidence: Sequence[float], num_points:
     points = sweep(examples, confidence)
     stride = max(len(points) // num_points, 1)
     kept = [*points[:-1:stride], points[-1]]
-    return [{"threshold": t, "share": s, "accuracy": a} for t, s, a in kept]
+    return [{"threshold": p.threshold, "share": p.share, "accuracy": p.accuracy} for p in kept]
 
 
 def _auroc(report: dict[str, Any], name: str) -> float:
@@ -112,8 +121,7 @@ def fit_router(
     kind: str = "temperature",
     skills: Sequence[str] | None = None,
     task: str | None = None,
-    max_cloud_share: float | None = None,
-    min_accuracy: float | None = None,
+    target: Target = NO_TARGET,
 ) -> Router:
     """Calibrates and sets the threshold.
 
@@ -134,7 +142,7 @@ def fit_router(
     open_rows = _open_rows(examples)
     calibration = calibrations.fit(kind, [e.scores[score] for e in open_rows], [e.edge == 1 for e in open_rows])
     confidence = [calibration.probability(example.scores[score]) for example in examples]
-    threshold = choose_threshold(examples, confidence, max_cloud_share=max_cloud_share, min_accuracy=min_accuracy)
+    threshold = choose_threshold(examples, confidence, target)
     return Router(
         score=score,
         calibration=calibration,

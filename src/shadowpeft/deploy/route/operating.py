@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.result import bootstrap
@@ -27,6 +27,37 @@ class Example:
     cloud: float
     reason: str | None
     is_out_of_scope: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a threshold is set for: one of these, or nothing, which is the best accuracy at the lowest share.
+
+    Attributes:
+        max_cloud_share: of all rows.
+        max_normal_share: of the rows that are not out of scope.
+        min_accuracy: of the system.
+
+    Raises:
+        ConfigError: two targets, or one outside [0, 1].
+    """
+
+    max_cloud_share: float | None = None
+    max_normal_share: float | None = None
+    min_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.given().items():
+            if not 0 <= value <= 1:
+                raise ConfigError(f"{name}={value} is not valid: expected a share from 0 to 1")
+        if len(self.given()) > 1:
+            raise ConfigError(f"give one target, not {' and '.join(self.given())}: one follows from the other")
+
+    def given(self) -> dict[str, float]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+NO_TARGET = Target()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,56 +92,58 @@ def thresholds(examples: Sequence[Example], confidence: Sequence[float]) -> list
     return [*sorted(values), ALL_TO_CLOUD]
 
 
-def sweep(examples: Sequence[Example], confidence: Sequence[float]) -> list[tuple[float, float, float]]:
-    """(threshold, share of the cloud, accuracy) for every threshold that makes a difference, in one pass."""
+class Point(NamedTuple):
+    """What a threshold means for the rows at hand; ``normal_share`` is of the rows in scope, 0 without any."""
+
+    threshold: float
+    share: float
+    normal_share: float
+    accuracy: float
+
+
+def sweep(examples: Sequence[Example], confidence: Sequence[float]) -> list[Point]:
+    """A point for every threshold that makes a difference, in one pass."""
     order = sorted(zip(confidence, examples, strict=True), key=lambda pair: pair[0])
-    n = len(order)
+    n, num_normal = len(order), sum(not example.is_out_of_scope for example in examples)
     forced = [example for example in examples if example.reason is not None]
-    num_cloud = len(forced)
+    gone, normal_gone = len(forced), sum(not example.is_out_of_scope for example in forced)
     right = sum(example.cloud if example.reason else example.edge for example in examples)
     points = []
     rows = [(c, example) for c, example in order if example.reason is None]
     for place, (value, example) in enumerate(rows):
         if place == 0 or value != rows[place - 1][0]:
-            points.append((value, num_cloud / n, right / n))
-        num_cloud += 1
+            points.append(Point(value, gone / n, normal_gone / max(num_normal, 1), right / n))
+        gone += 1
+        normal_gone += not example.is_out_of_scope
         right += example.cloud - example.edge
-    return [*points, (ALL_TO_CLOUD, num_cloud / n, right / n)]
+    return [*points, Point(ALL_TO_CLOUD, gone / n, normal_gone / max(num_normal, 1), right / n)]
 
 
-def choose_threshold(
-    examples: Sequence[Example],
-    confidence: Sequence[float],
-    *,
-    max_cloud_share: float | None = None,
-    min_accuracy: float | None = None,
-) -> float:
-    """The threshold for a target; without one, the best accuracy at the lowest share.
+def choose_threshold(examples: Sequence[Example], confidence: Sequence[float], target: Target = NO_TARGET) -> float:
+    """The threshold for a target: the best accuracy within a share, or the lowest share that reaches an accuracy.
 
     Raises:
-        ConfigError: both targets, a target outside [0, 1], or one that cannot be reached; says what can.
+        ConfigError: the target cannot be reached; says what can.
     """
-    for name, value in (("max_cloud_share", max_cloud_share), ("min_accuracy", min_accuracy)):
-        if value is not None and not 0 <= value <= 1:
-            raise ConfigError(f"{name}={value} is not valid: expected a share from 0 to 1")
-    if max_cloud_share is not None and min_accuracy is not None:
-        raise ConfigError("give max_cloud_share or min_accuracy, not both: one follows from the other")
     points = sweep(examples, confidence)
-    if max_cloud_share is not None:
-        fitting = [point for point in points if point[1] <= max_cloud_share + 1e-12]
+    if target.min_accuracy is not None:
+        fitting = [point for point in points if point.accuracy >= target.min_accuracy - 1e-12]
         if not fitting:
+            best = max(point.accuracy for point in points)
+            raise ConfigError(f"no threshold reaches min_accuracy={target.min_accuracy}; the best is {best:.4f}")
+        return fitting[0].threshold
+    for name, value, of in (("max_cloud_share", "share", "validation"), ("max_normal_share", "normal_share", "normal")):
+        limit = getattr(target, name)
+        if limit is None:
+            continue
+        least = getattr(points[0], value)
+        points = [point for point in points if getattr(point, value) <= limit + 1e-12]
+        if not points:
             raise ConfigError(
-                f"the skill grammar alone sends {points[0][1]:.3f} of the validation rows to the cloud, more than "
-                f"max_cloud_share={max_cloud_share}; ask for at least that"
+                f"the skill grammar alone sends {least:.3f} of the {of} rows to the cloud, more than {name}={limit}; ask "
+                "for at least that"
             )
-        return max(fitting, key=lambda point: (point[2], -point[1]))[0]
-    if min_accuracy is not None:
-        fitting = [point for point in points if point[2] >= min_accuracy - 1e-12]
-        if not fitting:
-            best = max(point[2] for point in points)
-            raise ConfigError(f"no threshold reaches min_accuracy={min_accuracy}; the best is {best:.4f}")
-        return fitting[0][0]
-    return max(points, key=lambda point: (point[2], -point[1]))[0]
+    return max(points, key=lambda point: (point.accuracy, -point.share)).threshold
 
 
 def operating_point(examples: Sequence[Example], confidence: Sequence[float], threshold: float) -> OperatingPoint:

@@ -9,6 +9,7 @@ from typing import Any
 
 from shadowpeft.deploy.route.artefact import load_router
 from shadowpeft.deploy.route.calibrate import headline, is_out_of_scope
+from shadowpeft.deploy.route.operating import NO_TARGET, Target
 from shadowpeft.deploy.serve.exported import is_exported
 from shadowpeft.deploy.serve.loading import load_served
 from shadowpeft.deploy.system_eval.figures import routers_on_test, scope_detection, system_figures
@@ -42,7 +43,7 @@ class SystemConfig:
         lora: a peft adapter of the same base, for comparison.
         round_trip_ms, megabits: of the link in front of the cloud; megabits None: unlimited.
         concurrency: requests under way at a time.
-        max_cloud_share, min_accuracy: another operating point than the router's own.
+        target: another operating point than the router's own.
         max_tokens: of an answer; None: the task's.
     """
 
@@ -55,8 +56,7 @@ class SystemConfig:
     round_trip_ms: float = 50.0
     megabits: float | None = None
     concurrency: int = 1
-    max_cloud_share: float | None = None
-    min_accuracy: float | None = None
+    target: Target = NO_TARGET
     max_tokens: int | None = None
 
 
@@ -71,8 +71,8 @@ def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[s
     router = load_router(config.router)
     if router.task not in (None, task.name):
         raise ConfigError(f"the router was calibrated on task {router.task!r}, not {task.name!r}; calibrate again")
-    if config.max_cloud_share is not None or config.min_accuracy is not None:
-        router = router.with_target(max_cloud_share=config.max_cloud_share, min_accuracy=config.min_accuracy)
+    if config.target.given():
+        router = router.with_target(config.target)
     edge_folder, prompts = _prepare(config, task, rows, tell)
     replays, num_bytes, cloud_logprobs = _replay_all(config, task, prompts, edge_folder, tell)
     out = [is_out_of_scope(task, row) for row in rows]
@@ -168,11 +168,7 @@ def _behind_link(config: SystemConfig, arguments: list[str]) -> Iterator[tuple[s
 
 
 def _edge_arguments(config: SystemConfig, folder: Path, cloud: str) -> list[str]:
-    target = []
-    if config.max_cloud_share is not None:
-        target = ["--max-cloud-share", str(config.max_cloud_share)]
-    if config.min_accuracy is not None:
-        target = ["--min-accuracy", str(config.min_accuracy)]
+    target = [part for name, value in config.target.given().items() for part in (f"--{name.replace('_', '-')}", str(value))]
     place = ["--router", str(config.router), "--cloud", cloud, "--cloud-model", CLOUD_NAME]
     return ["edge", str(folder), *place, "--cloud-seconds", "60", *target]
 
