@@ -1,14 +1,16 @@
 """What pretraining does for a shadow: `python recipes/shadow_init_study.py --data DIR [--text TEXT] [--tiny]`.
 
 Random, truncated-base and pretrained shadows are fine-tuned for equally many steps and scored attached and detached,
-with the shadow as its own drafter's acceptance. A cell (task, initialisation, seed) is one JSON file; cells that are
-there are not run again, so the study can be stopped and continued. The summary is rendered from the cells.
+with the shadow as its own drafter's acceptance; beside them the small model that was pretrained from, fine-tuned alone. A
+cell (task, initialisation, seed) is one JSON file; cells that are there are not run again, so the study can be stopped and
+continued. The summary, with what the shadows know of held-out text before any fine-tuning, is a file beside the cells.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import statistics
 import sys
@@ -19,19 +21,22 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, default_data_collator, set_seed
 
-from shadowpeft import ShadowConfig, ShadowModel
+from shadowpeft import ShadowConfig, ShadowModel, get_shadow_model
 from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.compare.fit import fit
 from shadowpeft.evaluate.modes import score_modes
 from shadowpeft.evaluate.record import write_record
+from shadowpeft.evaluate.score import evaluate
 from shadowpeft.files import write_files
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.checkpoints import ADAPTER_FILES, newest_checkpoint
 from shadowpeft.train.config import TrainConfig
-from shadowpeft.train.data import prompt_ids
+from shadowpeft.train.data import encode_generation, load_rows, prompt_ids
 from shadowpeft.train.pretrain import CHECKPOINT_WEIGHTS, training_arguments
 from shadowpeft.train.pretrain import run as pretrain
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.run import Trained, train
+from shadowpeft.train.tasks import TASKS
 from shadowpeft.train.text import PackedText
 
 # With the embedded base's vocabulary of 4096 about 2.1M parameters, a quarter of its 8M.
@@ -41,6 +46,7 @@ TINY_COMPANION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers
 # Equal fine-tuning, as in the demonstration.
 ADAPTER = ShadowConfig.preset("recommended").replace(freeze_embeddings=False)
 INITIALISATIONS = ("random", "truncated", "pretrained")
+ALONE = "small model alone"
 SEEDS = (0, 1, 2)
 
 
@@ -89,6 +95,14 @@ def can_resume(folder: Path, weights: tuple[str, ...] = ADAPTER_FILES) -> bool:
     return False
 
 
+def projected_shadow(given: argparse.Namespace, small: Path) -> Path:
+    """The companion behind the base's head by Eq. 12 alone; made once."""
+    folder = given.work / "projected"
+    if not (folder / "shadow/model.safetensors").is_file():
+        pretrain(PretrainConfig(base=given.base, shadow=str(small), output=str(folder), steps=0))
+    return folder / "shadow"
+
+
 def shadow_of(initialisation: str, pretrained: Path) -> ShadowConfig:
     where = {"random": "implicit", "truncated": "base:first:2", "pretrained": str(pretrained)}[initialisation]
     shape = {"shadow_num_hidden_layers": 2, "shadow_intermediate_size": None} if initialisation == "random" else {}
@@ -113,12 +127,8 @@ def acceptance(model: ShadowModel, done: Trained, max_length: int, rows: int) ->
 
 def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: int, pretrained: Path) -> dict[str, Any]:
     folder = given.work / "cells" / f"{task}-{initialisation}-{seed}"
-    data = None if given.data is None or task == "robot" else str(given.data / task)
-    limits = {"limit_train": 64, "limit_eval": 8} if given.tiny else {"limit_eval": given.limit_eval}
-    config = TrainConfig(
-        base=given.base, task=task, data=data, output=str(folder), max_steps=given.steps, seed=seed, batch_size=16,
-        learning_rate=1.5e-3, max_length=64, shadow=shadow_of(initialisation, pretrained), resume=can_resume(folder), **limits,
-    )  # fmt: skip
+    config = fine_tuning(given, task, seed, output=str(folder), shadow=shadow_of(initialisation, pretrained),
+                         resume=can_resume(folder))  # fmt: skip
     done = train(config)
     prepared = done.prepared
     model = prepared.model.eval()
@@ -136,6 +146,77 @@ def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: in
     }
 
 
+def fine_tuning(given: argparse.Namespace, task: str, seed: int, **options: Any) -> TrainConfig:
+    """The same rows, order and steps for every cell of a task and seed."""
+    data = None if given.data is None or task == "robot" else str(given.data / task)
+    limits = {"limit_train": 64, "limit_eval": 8} if given.tiny else {"limit_eval": given.limit_eval}
+    return TrainConfig(**{"base": given.base, **options}, task=task, data=data, max_steps=given.steps, seed=seed, batch_size=16,
+                       learning_rate=1.5e-3, max_length=64, **limits)  # fmt: skip
+
+
+def run_alone(given: argparse.Namespace, task: str, seed: int, small: Path) -> dict[str, Any]:
+    """The small model itself, all of it fine-tuned as the shadows are: what a detached shadow could be."""
+    config = fine_tuning(given, task, seed, base=str(small))
+    source = None if config.data is None else Path(config.data)
+    rows = {split: load_rows(TASKS[task], split, source=source, limit=limit, seed=seed)
+            for split, limit in (("train", config.limit_train), ("test", config.limit_eval))}  # fmt: skip
+    tokenizer, model = load_tokenizer(str(small)), load_model(str(small), dtype=torch.float32)
+    examples, _ = encode_generation(TASKS[task], tokenizer, rows["train"], config.max_length)
+    set_seed(seed)
+    steps = fit(model, tokenizer, examples, config, config.max_steps)["steps"]
+    score = evaluate(model.eval(), tokenizer, TASKS[task], rows["test"], max_length=config.max_length, batch_size=64)
+    return {
+        "task": task,
+        "initialisation": ALONE,
+        "seed": seed,
+        "steps": steps,
+        "parameters": model.num_parameters(),
+        "num_test_rows": len(rows["test"]),
+        "scores": {"detached": without_generations(score)},
+    }
+
+
+@torch.no_grad()
+def language_modelling(given: argparse.Namespace, small: Path, pretrained: Path) -> dict[str, float] | None:
+    """Bits a byte on held-out documents before any fine-tuning; None without the base's own text."""
+    if given.data is None:
+        return None
+    corpus = base_corpus()
+    sources = corpus.split_documents(given.data)[1].values()
+    documents = [text for texts in sources for text in texts[: given.documents]]
+    tokenizer, base = load_tokenizer(given.base), load_model(given.base)
+    models = {"base": base, "small model": load_model(str(small))}
+    found = {name: bits_a_byte(model, tokenizer, documents) for name, model in models.items()}
+    places = {"Eq. 12 alone": projected_shadow(given, small), "pretrained": pretrained}
+    for name in ("random", "truncated", *places):
+        shadow = shadow_of(name if name in INITIALISATIONS else "pretrained", places.get(name, pretrained))
+        set_seed(0)
+        model = get_shadow_model(base, shadow)
+        found[name] = bits_a_byte(model.detach(), tokenizer, documents)
+        base = model.unload()
+    return found
+
+
+def bits_a_byte(model: Any, tokenizer: Any, documents: list[str], length: int = 256) -> float:
+    """Every document starts behind the token that begins texts; long ones are cut."""
+    bits, num_bytes = 0.0, 0
+    for document in documents:
+        ids = [tokenizer.bos_token_id, *tokenizer(document)["input_ids"]]
+        num_bytes += len(document.encode())
+        for start in range(0, len(ids) - 1, length - 1):
+            window = torch.tensor([ids[start : start + length]])
+            bits += model(window, labels=window).loss.item() * (window.shape[1] - 1) / math.log(2)
+    return bits / num_bytes
+
+
+def base_corpus() -> Any:
+    """The module that reads the documents the embedded base was trained on."""
+    sys.path.insert(0, str(Path(__file__).parent / "base"))
+    import corpus
+
+    return corpus
+
+
 def without_generations(score: Any) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(score).items() if name != "generations"}
 
@@ -146,39 +227,38 @@ def corpus_text(given: argparse.Namespace) -> str:
     if given.data is None:
         raise ConfigError("pass --text with a file, or --data with the folders the embedded base was trained on")
     if not path.is_file():
-        sys.path.insert(0, str(Path(__file__).parent / "base"))
-        from corpus import split_documents, training_stream
-
-        documents = training_stream(split_documents(given.data)[0], seed=0)
+        corpus = base_corpus()
+        documents = corpus.training_stream(corpus.split_documents(given.data)[0], seed=0)
         lines = "".join(json.dumps({"text": document}) + "\n" for document in documents)
         write_files(given.work, lambda staging: (staging / path.name).write_text(lines, encoding="utf-8"))
     return str(path)
 
 
-def summary(cells: list[dict[str, Any]]) -> str:
-    """Markdown: means over seeds with the t interval of 95 % for three of them."""
-    lines = ["| task | shadow | attached | detached | acceptance | seeds |", "|---|---|---:|---:|---:|---:|"]
-    keys = dict.fromkeys((cell["task"], cell["initialisation"]) for cell in cells)
-    for task, initialisation in keys:
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For every task and shadow the mean over seeds of each measure, with the half-width of its 95% interval."""
+    rows = []
+    for task, initialisation in dict.fromkeys((cell["task"], cell["initialisation"]) for cell in cells):
         found = [cell for cell in cells if (cell["task"], cell["initialisation"]) == (task, initialisation)]
-        columns = [[headline(cell, mode) for cell in found] for mode in ("attached", "detached")]
-        columns.append([cell["draft"]["acceptance"] for cell in found])
-        lines.append(f"| {task} | {initialisation} | {' | '.join(map(interval, columns))} | {len(found)} |")
-    return "\n".join(lines)
+        columns = {
+            mode: [headline(cell, mode) for cell in found if mode in cell["scores"]] for mode in ("attached", "detached")
+        }
+        columns["acceptance"] = [cell["draft"]["acceptance"] for cell in found if "draft" in cell]
+        measures = {name: interval(values) for name, values in columns.items() if values}
+        rows.append({"task": task, "initialisation": initialisation, "seeds": len(found), "steps": found[0]["steps"],
+                     "parameters": found[0]["parameters"], **measures})  # fmt: skip
+    return rows
 
 
 def headline(cell: dict[str, Any], mode: str) -> float:
     score = cell["scores"][mode]
-    return score["metrics"][score["headline"]] if "headline" in score else next(iter(score["metrics"].values()))
+    return score["metrics"][score["headline"]]
 
 
-def interval(values: list[float]) -> str:
-    """Mean and half-width in percent; t quantiles for 2 and 3 values."""
-    mean = statistics.fmean(values)
+def interval(values: list[float]) -> dict[str, float | None]:
+    """Mean and half-width, the latter from the t distribution for 2 and 3 values."""
     quantile = {2: 12.706, 3: 4.303}.get(len(values))
-    if quantile is None:
-        return f"{100 * mean:.1f}"
-    return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    half = None if quantile is None else quantile * statistics.stdev(values) / len(values) ** 0.5
+    return {"mean": statistics.fmean(values), "half_width": half}
 
 
 def main() -> None:
@@ -193,6 +273,7 @@ def main() -> None:
     parser.add_argument("--companion-steps", type=int, default=2000)
     parser.add_argument("--pretrain-steps", type=int, default=800)
     parser.add_argument("--limit-eval", type=int, default=500)
+    parser.add_argument("--documents", type=int, default=60, help="held-out documents of every source, for bits a byte")
     parser.add_argument("--tiny", action="store_true", help="one seed, a few steps: does it run?")
     given = parser.parse_args()
     if given.tiny:
@@ -202,13 +283,19 @@ def main() -> None:
     pretrained = pretrained_shadow(given, small, given.pretrain_steps)
     given.out.mkdir(parents=True, exist_ok=True)
     seeds = SEEDS[:1] if given.tiny else SEEDS
-    for task, seed, initialisation in itertools.product(given.tasks.split(","), seeds, INITIALISATIONS):
-        path = given.out / f"{task}-{initialisation}-{seed}.json"
+    cells = []
+    for task, seed, initialisation in itertools.product(given.tasks.split(","), seeds, (*INITIALISATIONS, ALONE)):
+        path = given.out / f"{task}-{initialisation.replace(' ', '-')}-{seed}.json"
         if not path.is_file():
-            write_record(path, run_cell(given, task, initialisation, seed, pretrained))
+            if initialisation == ALONE:
+                write_record(path, run_alone(given, task, seed, small))
+            else:
+                write_record(path, run_cell(given, task, initialisation, seed, pretrained))
         Console().print(path.name)
-    cells = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(given.out.glob("*.json"))]
-    print(summary(cells))
+        cells.append(json.loads(path.read_text(encoding="utf-8")))
+    record = {"text": language_modelling(given, small, pretrained), "rows": summary(cells)}
+    write_record(given.out.with_suffix(".json"), record)
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
