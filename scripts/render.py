@@ -257,6 +257,46 @@ def training_table(gpu: str, cpu: str) -> str:
     return "\n".join(lines)
 
 
+def shadow_init_table() -> str:
+    """Means over seeds of recipes/shadow_init_study.py, with their 95% intervals."""
+    columns = ("task", "shadow", "trained weights", "attached", "detached", "drafts accepted", "seeds")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for row in result("shadow_init")["rows"]:
+        measures = " | ".join(with_interval(row.get(name)) for name in ("attached", "detached", "acceptance"))
+        lines.append(f"| {row['task']} | {row['initialisation']} | {row['parameters']:,} | {measures} | {row['seeds']} |")
+    return "\n".join(lines)
+
+
+def with_interval(measure: dict[str, float | None] | None) -> str:
+    if measure is None or measure["mean"] is None:
+        return "-"
+    half = measure["half_width"]
+    return percent(measure["mean"]) + ("" if half is None else f" ± {100 * half:.1f}")
+
+
+def shadow_text_table() -> str:
+    found = result("shadow_init")["text"]
+    names = {name: f"{name}, detached" if name not in ("base", "small model") else name for name in found}
+    lines = ["| before any fine-tuning | bits a byte of held-out text |", "|---|---:|"]
+    return "\n".join([*lines, *(f"| {names[name]} | {bits:.2f} |" for name, bits in found.items())])
+
+
+def export_table() -> str:
+    """What benchmarks/export.py measured; forms that are read back but not run have a size alone."""
+    columns = ("form", "file MB", "memory MB", "tokens/s", "torch = 1", "accuracy", "answers as torch's", "bits/token")
+    lines = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    found = result("export")["results"]
+    speed = found["torch-float32"]["tokens_per_second"]
+    for name, row in found.items():
+        shown = [f"{row['file_bytes'] / 1e6:.2f}", *["-"] * 6]
+        if "tokens_per_second" in row:
+            memory = (row["peak_bytes"] - row["peak_bytes_before_loading"]) / 1e6
+            shown[1:] = [f"{memory:.0f}", f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / speed:.2f}",
+                         percent(row["score"]), percent(row["same_answers"]), f"{row['bits_per_token']:.3f}"]  # fmt: skip
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
 def step_kernel_table() -> str:
     columns = ("preset", "width", "", "pass", "us", "floor us", "floor = 1")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---|---:|---:|---:|"]
@@ -327,6 +367,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": partial(training_table, "train_step-8B", "train_step"),
     "train-step-gpu": partial(train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),
     "step-kernel": step_kernel_table,
+    "shadow-init": shadow_init_table,
+    "shadow-text": shadow_text_table,
+    "export": export_table,
     "decode-12x1024-gpu": partial(decode_table, "decode-12x1024-gpu"),
     "memory": partial(memory_table, "memory", "memory-default", "memory-151936"),
     "distillation": distillation_table,
