@@ -8,7 +8,6 @@ adapter stays under ``--work``; cells that are there are not run again, so the s
 import argparse
 import itertools
 import json
-import shutil
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from rich.console import Console
 from shadowpeft import ShadowConfig, collect_statistics
 from shadowpeft.evaluate.modes import score_modes
 from shadowpeft.evaluate.record import write_record
-from shadowpeft.train.checkpoints import ADAPTER_FILES, newest_checkpoint
+from shadowpeft.train.checkpoints import RUN_FILE
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import prompt_ids
 from shadowpeft.train.run import Trained, train
@@ -74,15 +73,12 @@ def drafting(done: Trained, num_prompts: int, max_length: int) -> dict[str, floa
 
 def run_cell(given: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     folder = given.work / cell.name
-    resume = newest_checkpoint(folder / "checkpoints", ADAPTER_FILES) is not None
-    if not resume:
-        shutil.rmtree(folder, ignore_errors=True)
     data = None if given.data is None or cell.task == "robot" else str(given.data / cell.task)
     limits = {"limit_train": 64, "limit_eval": 8, "epochs": 1.0} if given.tiny else {"limit_eval": 300, "epochs": 3.0}
     shadow = ShadowConfig.preset("recommended").replace(**VARIANTS[cell.variant])
     config = TrainConfig(
         base="embedded", task=cell.task, data=data, output=str(folder), seed=cell.seed, batch_size=16,
-        learning_rate=1.5e-3, shadow=shadow, resume=resume, **TASKS[cell.task], **limits,
+        learning_rate=1.5e-3, shadow=shadow, resume=(folder / RUN_FILE).is_file(), **TASKS[cell.task], **limits,
     )  # fmt: skip
     done = train(config)
     prepared = done.prepared

@@ -11,7 +11,6 @@ import dataclasses
 import itertools
 import json
 import math
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -29,11 +28,11 @@ from shadowpeft.evaluate.record import write_record
 from shadowpeft.evaluate.score import evaluate
 from shadowpeft.files import write_files
 from shadowpeft.model.bases import load_model, load_tokenizer
-from shadowpeft.train.checkpoints import ADAPTER_FILES, newest_checkpoint
+from shadowpeft.train.checkpoints import RUN_FILE
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import encode_generation, load_rows, prompt_ids
-from shadowpeft.train.pretrain import CHECKPOINT_WEIGHTS, training_arguments
 from shadowpeft.train.pretrain import run as pretrain
+from shadowpeft.train.pretrain import training_arguments
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.run import Trained, train
 from shadowpeft.train.tasks import TASKS
@@ -82,17 +81,9 @@ def pretrained_shadow(given: argparse.Namespace, small: Path, steps: int) -> Pat
         rest = {"batch_size": 4, "length": 32} if given.tiny else {"batch_size": 16, "length": 256}
         pretrain(
             PretrainConfig(base=given.base, shadow=str(small), data=given.text, output=str(folder), objective="distill",
-                           steps=steps, resume=can_resume(folder, CHECKPOINT_WEIGHTS), train_embeddings=True, **rest)
+                           steps=steps, resume=(folder / RUN_FILE).is_file(), train_embeddings=True, **rest)
         )  # fmt: skip
     return folder / "shadow"
-
-
-def can_resume(folder: Path, weights: tuple[str, ...] = ADAPTER_FILES) -> bool:
-    """Whether an interrupted run left a complete checkpoint; what left none is removed, to start afresh."""
-    if newest_checkpoint(folder / "checkpoints", weights) is not None:
-        return True
-    shutil.rmtree(folder, ignore_errors=True)
-    return False
 
 
 def projected_shadow(given: argparse.Namespace, small: Path) -> Path:
@@ -128,7 +119,7 @@ def acceptance(model: ShadowModel, done: Trained, max_length: int, rows: int) ->
 def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: int, pretrained: Path) -> dict[str, Any]:
     folder = given.work / "cells" / f"{task}-{initialisation}-{seed}"
     config = fine_tuning(given, task, seed, output=str(folder), shadow=shadow_of(initialisation, pretrained),
-                         resume=can_resume(folder))  # fmt: skip
+                         resume=(folder / RUN_FILE).is_file())  # fmt: skip
     done = train(config)
     prepared = done.prepared
     model = prepared.model.eval()
