@@ -297,6 +297,36 @@ def export_table() -> str:
     return "\n".join(lines)
 
 
+NAMES = {"none": "untouched base", "lora": "LoRA", "dora": "DoRA", "shadow": "ShadowPEFT",
+         "shadow (detached)": "its shadow, detached"}  # fmt: skip
+
+
+def compare_table(name: str, base: str) -> str:
+    """Scores of a comparison's main table, then what they are above LoRA, with 95% intervals; means over seeds."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["main"] if row["base"] == base]
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None))
+    metrics = {row["task"]: row["metric"] for row in rows if row["task"] is not None}
+    heads = [f"{task}, {metrics[task]}" for task in tasks]
+    lines = [f"| | {' | '.join(heads)} | mean of tasks |", "|---|" + "---:|" * (len(tasks) + 1)]
+    cells = {(row["method"], row["task"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for method in methods:
+        found = [cells.get((method, task)) for task in [*tasks, None]]
+        shown = ["-" if row is None else percent(row["score"]["value"]) for row in found]
+        lines.append(f"| {NAMES.get(method, method)} | {' | '.join(shown)} |")
+    for method in [each for each in methods if each not in ("none", "lora")]:
+        found = [cells.get((method, task)) for task in [*tasks, None]]
+        shown = ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in found]
+        lines.append(f"| {NAMES.get(method, method)}, above LoRA | {' | '.join(shown)} |")
+    counts = {len(row["seeds"]) for row in rows if row["task"] is not None and row["method"] != "none"}
+    seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return "\n".join([*lines, "", f"{seeds} seeds, {rows[0]['rows']} test rows a task at most."])
+
+
+def above(difference: dict[str, float]) -> str:
+    return f"{100 * difference['value']:+.1f} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+
+
 def step_kernel_table() -> str:
     columns = ("preset", "width", "", "pass", "us", "floor us", "floor = 1")
     lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---|---:|---:|---:|"]
@@ -367,6 +397,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": partial(training_table, "train_step-8B", "train_step"),
     "train-step-gpu": partial(train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),
     "step-kernel": step_kernel_table,
+    "compare-embedded": partial(compare_table, "compare_small", "embedded"),
     "shadow-init": shadow_init_table,
     "shadow-text": shadow_text_table,
     "export": export_table,

@@ -28,7 +28,7 @@ def _score(found: Estimate) -> str:
 def _gap(found: Estimate | None) -> str:
     if found is None:
         return ""
-    p = "" if found.p is None else f" p={found.p:.3f}"
+    p = "" if found.p is None else " p<0.001" if found.p < 0.001 else f" p={found.p:.3f}"
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
 
 
