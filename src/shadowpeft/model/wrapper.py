@@ -1,6 +1,6 @@
 """The models that users hold: a base with its adapters, which can be saved, loaded, detached and run."""
 
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -166,9 +166,10 @@ class ShadowModel(AdaptedModel):
         shared = {"attention_mask": attention_mask, "use_cache": use_cache}
         initial = self._initial_state(network, input_ids, inputs_embeds, past_key_values, shared | _without(kwargs, _BASE_ONLY))
         decoder = decoder_of(self.base)
-        with ExitStack() as stack:
+        # Inside torch.compile there is no last block to enter, and Dynamo of torch 2.8 does not know ExitStack.
+        with nullcontext() if last_block is None else ExitStack() as stack:
             before = None
-            if last_block is not None:
+            if last_block is not None and stack is not None:
                 before = (len(blocks_of(decoder)) - 1, partial(stack.enter_context, last_block))
             output = decoder(
                 input_ids=input_ids,
