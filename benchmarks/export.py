@@ -1,9 +1,9 @@
 """Size, memory, speed and accuracy of a shadow's exported forms: `python benchmarks/export.py ADAPTER --task robot`.
 
 Prints one table and ends with one JSON line. Each form runs in a process of its own, the forms in turn, repeatedly; times
-and memory are medians. Memory is the peak of the process beyond what it held before runtime and model were loaded.
-Accuracy stands beside size: the task's own metric on test rows, bits a token on the same rows (or on `--data`), and the
-share of greedy tokens that equal torch's in float32.
+and memory are medians. Memory is the peak of the process beyond what it held with its runtime imported and nothing loaded.
+Accuracy stands beside size: the task's own metric on test rows, bits a token on the first few of them (`--rows`, cut to
+`--length` tokens) or on `--data`, and the share of answers that equal torch's in float32.
 """
 
 import argparse
@@ -11,27 +11,32 @@ import itertools
 import json
 import statistics
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from shadowpeft.deploy.commands import detach, export
 from shadowpeft.deploy.gguf import SUPPORTED
 from shadowpeft.deploy.measure import Questions, measure
+from shadowpeft.deploy.serve.service import end_ids
 from shadowpeft.errors import DataError
-from shadowpeft.evaluate.record import origin, write_record
+from shadowpeft.evaluate.batches import num_positions
+from shadowpeft.evaluate.record import data_revision, origin, write_record
 from shadowpeft.evaluate.result import Answers, scored
 from shadowpeft.model.load import find_tokenizer
 from shadowpeft.model.pretrained import read_raw_config
 from shadowpeft.train.answers import Row
-from shadowpeft.train.data import all_prompt_ids, load_rows, target_ids
+from shadowpeft.train.data import all_prompt_ids, cut_left, load_rows, target_ids
 from shadowpeft.train.run import task_named
 from shadowpeft.train.tasks import Task
 from shadowpeft.train.text import stream_texts
 
 RUNNABLE = {"torch-float32": "torch", "onnx": "onnx", "onnx-int8": "onnx"}
 REFERENCE = "torch-float32"
+PACKAGES = ("onnxruntime", "onnx", "gguf")
 
 
 def write_forms(adapter: str, base: str | None, folder: Path) -> dict[str, Path]:
@@ -45,6 +50,16 @@ def write_forms(adapter: str, base: str | None, folder: Path) -> dict[str, Path]
         if name != REFERENCE:
             export(str(forms[REFERENCE]), str(path), quiet, format=name)
     return forms
+
+
+def questions_of(task: Task, rows: list[Row], folder: Path, tokenizer: Any) -> Questions:
+    """The task's prompts, cut and ended as `shadowpeft eval` does."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    positions = num_positions(model)
+    num_new = int(min(task.max_new_tokens, positions / 2))
+    room = int(min(positions - num_new, 10**6))
+    prompts = [cut_left(tokenizer, ids, room) for ids in all_prompt_ids(task, tokenizer, rows)]
+    return Questions(prompts=prompts, max_new_tokens=num_new, ends=list(end_ids(model, tokenizer)))
 
 
 def texts_of(data: str, tokenizer: Any) -> list[list[int]]:
@@ -87,7 +102,7 @@ def add_scores(
 ) -> None:
     """The task's metric and its interval, for every form that answered."""
     for name, ids in answers.items():
-        texts = [tokenizer.decode(each, skip_special_tokens=True) for each in ids]
+        texts = [tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False) for each in ids]
         count = sum(map(len, ids))
         found = scored(task, rows, Answers(texts=texts, num_truncated=0, seconds=0.0, num_tokens=count))
         same = sum(one == two for one, two in zip(ids, answers[REFERENCE], strict=True)) / len(ids)
@@ -141,8 +156,8 @@ def main() -> None:
         tokenizer = find_tokenizer(str(forms[REFERENCE]))
         if tokenizer is None:
             raise DataError("the adapter and its base have no tokenizer, so text cannot be read")
-        prompts = all_prompt_ids(task, tokenizer, asked)
-        questions = Questions(prompts=prompts, max_new_tokens=task.max_new_tokens, eos=tokenizer.eos_token_id)  # type: ignore[arg-type]
+        questions = questions_of(task, asked, forms[REFERENCE], tokenizer)
+        prompts = questions.prompts
         targets = target_ids(tokenizer, [task.target(row) for row in asked])
         texts = texts_of(given.data, tokenizer) if given.data else [a + b for a, b in zip(prompts, targets, strict=True)]
         rows = [text[: given.length] for text in texts[: given.rows]]
@@ -155,8 +170,10 @@ def main() -> None:
     print(table(results, task.metric))
     payload = {
         "benchmark": "export",
-        "setting": {"task": task.name, "metric": task.metric, "questions": len(asked), "rows": len(rows),
-                    "new_tokens": given.new_tokens, "threads": given.threads, "repeats": given.repeats},
+        "setting": {"adapter": Path(given.adapter).name, "task": task.name, "metric": task.metric, "questions": len(asked),
+                    "revision": data_revision(asked), "text": given.data and Path(given.data).name, "rows": len(rows),
+                    "length": given.length, "new_tokens": given.new_tokens, "threads": given.threads,
+                    "repeats": given.repeats, "versions": {name: version(name) for name in PACKAGES}},
         "results": results,
     }  # fmt: skip
     if given.out is not None:

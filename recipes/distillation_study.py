@@ -9,6 +9,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,8 @@ def run_cell(given: argparse.Namespace, cell: Cell) -> dict[str, Any]:
         learning_rate=1.5e-3, shadow=shadow, resume=(folder / RUN_FILE).is_file(), **TASKS[cell.task], **limits,
     )  # fmt: skip
     done = train(config)
+    if done.interrupted:
+        sys.exit("stopped; the same command goes on from here")
     prepared = done.prepared
     scores = score_modes(
         prepared.model, prepared.tokenizer, prepared.task, prepared.test_rows,

@@ -79,10 +79,11 @@ def pretrained_shadow(given: argparse.Namespace, small: Path, steps: int) -> Pat
     folder = given.work / "pretrain"
     if not (folder / "shadow/model.safetensors").is_file():
         rest = {"batch_size": 4, "length": 32} if given.tiny else {"batch_size": 16, "length": 256}
-        pretrain(
+        done = pretrain(
             PretrainConfig(base=given.base, shadow=str(small), data=given.text, output=str(folder), objective="distill",
                            steps=steps, resume=(folder / RUN_FILE).is_file(), train_embeddings=True, **rest)
         )  # fmt: skip
+        stop_if(done.interrupted)
     return folder / "shadow"
 
 
@@ -90,8 +91,15 @@ def projected_shadow(given: argparse.Namespace, small: Path) -> Path:
     """The companion behind the base's head by Eq. 12 alone; made once."""
     folder = given.work / "projected"
     if not (folder / "shadow/model.safetensors").is_file():
-        pretrain(PretrainConfig(base=given.base, shadow=str(small), output=str(folder), steps=0))
+        pretrain(PretrainConfig(base=given.base, shadow=str(small), output=str(folder), steps=0,
+                                resume=(folder / RUN_FILE).is_file()))  # fmt: skip
     return folder / "shadow"
+
+
+def stop_if(interrupted: bool) -> None:
+    """A run that was cut off is no cell."""
+    if interrupted:
+        sys.exit("stopped; the same command goes on from here")
 
 
 def shadow_of(initialisation: str, pretrained: Path) -> ShadowConfig:
@@ -121,6 +129,7 @@ def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: in
     config = fine_tuning(given, task, seed, output=str(folder), shadow=shadow_of(initialisation, pretrained),
                          resume=(folder / RUN_FILE).is_file())  # fmt: skip
     done = train(config)
+    stop_if(done.interrupted)
     prepared = done.prepared
     model = prepared.model.eval()
     scores = score_modes(model, prepared.tokenizer, prepared.task, prepared.test_rows,

@@ -120,9 +120,14 @@ def lora_of(given: argparse.Namespace, task: str, num_parameters: int) -> Path:
 # ---------------------------------------------------------------- measuring
 
 
+def measured_in(given: argparse.Namespace, task: str) -> Path:
+    """The folder of what depends on the router's target."""
+    return given.work / task / f"normal-share-{given.max_normal_share}"
+
+
 def calibrated(given: argparse.Namespace, task: str, model: ShadowModel, tokenizer: Any) -> Router:
     """The router with the best validation accuracy within the share of commands in scope, or what its grammar sends anyway."""
-    path = given.work / task / "router.json"
+    path = measured_in(given, task) / "router.json"
     if not path.is_file():
         rows = rows_of(given, task, "validation", given.calibration_rows) + out_of_scope(given, task, "val")
         skills = skills_of(TASKS[task], rows_of(given, task, "train"))
@@ -155,8 +160,8 @@ def scored(given: argparse.Namespace, task: str, model: ShadowModel, tokenizer: 
 def replayed(given: argparse.Namespace, task: str, shadow: Path, lora: Path) -> dict[str, Any]:
     """The figures of ``shadowpeft system-eval``, which also leaves its pages and plots in the work folder."""
     rows = rows_of(given, task, "test", given.rows) + out_of_scope(given, task, "test", given.out_of_scope_rows)
-    folder = given.work / task / "system"
-    config = SystemConfig(adapter=str(shadow), router=given.work / task / "router.json", output=folder, lora=str(lora),
+    folder = measured_in(given, task) / "system"
+    config = SystemConfig(adapter=str(shadow), router=measured_in(given, task) / "router.json", output=folder, lora=str(lora),
                           round_trip_ms=given.round_trip_ms, max_tokens=4 if given.tiny else None)  # fmt: skip
     figures = run_system(config, TASKS[task], rows, tell=Console().print)
     write_report(figures, folder)
@@ -175,7 +180,7 @@ def measure(given: argparse.Namespace, task: str, shadow: Path, lora: Path) -> d
     }
     done = {}
     for name, part in parts.items():
-        path = given.work / task / f"{name}.json"
+        path = measured_in(given, task) / f"{name}.json"
         if not path.is_file():
             write_record(path, part())
         done[name] = without_drawings(json.loads(path.read_text(encoding="utf-8")))

@@ -136,12 +136,13 @@ def outcome(report: Path, problem: str | None) -> dict[str, Any]:
 
 
 def save(cell: Cell, found: dict[str, Any], path: Path = RESULT) -> None:
-    """Puts a cell in the place of its last outcome; order is that of ``CELLS``, others behind."""
+    """Puts a cell in the place of its last outcome; in the order of ``CELLS``, whose cells alone stay."""
     old = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.is_file() else []
     mine = {"asked": asdict(cell), **found, "commit": origin()["commit"], "time": origin()["time"]}
     cells = [entry for entry in old if entry["asked"] != asdict(cell)] + [mine]
     order = [asdict(known) for known in CELLS]
-    cells.sort(key=lambda entry: order.index(entry["asked"]) if entry["asked"] in order else len(order))
+    if asdict(cell) in order:  # what is asked for no more would stand there for ever
+        cells = sorted((entry for entry in cells if entry["asked"] in order), key=lambda entry: order.index(entry["asked"]))
     write_record(path, {"cells": cells})
 
 

@@ -275,7 +275,7 @@ def with_interval(measure: dict[str, float | None] | None) -> str:
 
 
 def shadow_text_table() -> str:
-    found = result("shadow_init")["text"]
+    found = result("shadow_init")["text"] or {}  # none where the study had no held-out text
     names = {name: f"{name}, detached" if name not in ("base", "small model") else name for name in found}
     lines = ["| before any fine-tuning | bits a byte of held-out text |", "|---|---:|"]
     return "\n".join([*lines, *(f"| {names[name]} | {bits:.2f} |" for name, bits in found.items())])

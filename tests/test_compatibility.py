@@ -62,6 +62,14 @@ def test_a_cell_replaces_its_last_outcome_and_leaves_the_others(tmp_path):
     assert [(cell["asked"]["torch"], cell["status"]) for cell in cells] == [(other.torch, "passed"), ("2.8.0", "passed")]
 
 
+def test_what_is_asked_for_no_more_goes(tmp_path):
+    path = tmp_path / "cells.json"
+    old = compatibility.Cell(python="3.9", torch="1.0", transformers="4.0")
+    path.write_text(json.dumps({"cells": [{"asked": vars(old), "status": "failed"}]}))
+    compatibility.save(compatibility.CELLS[0], {"status": "passed"}, path)
+    assert [cell["status"] for cell in json.loads(path.read_text())["cells"]] == ["passed"]
+
+
 def test_cells_are_chosen_by_all_that_is_said():
     chosen = compatibility.chosen(["3.11", "torch=2.8.0"])
     assert {(cell.python, cell.torch) for cell in chosen} == {("3.11", "2.8.0")}

@@ -20,7 +20,7 @@ MaxNewTokens = Annotated[int, typer.Option(help="tokens of an answer whose reque
 Temperature = Annotated[float, typer.Option(help="of a request that names none; 0 takes the most likely token")]
 Seconds = Annotated[float, typer.Option(help="an answer is given up after so long")]
 MaxBytes = Annotated[int, typer.Option(help="size of a request's body at most")]
-MaxNormalShare = Annotated[float | None, typer.Option(help="send at most this share of the rows in scope there")]
+MaxNormalShare = Annotated[float | None, typer.Option(help="send at most this share of the rows in scope to the cloud")]
 MaxShare = Annotated[float | None, typer.Option(help="send at most this share of the validation rows to the cloud")]
 MinAccuracy = Annotated[float | None, typer.Option(help="reach this accuracy on the validation rows, as cheaply as possible")]
 TaskName = Annotated[str, typer.Option(help="task name; see `shadowpeft info`")]

@@ -55,7 +55,7 @@ def test_both_runtimes_are_measured_on_the_same_tokens_and_answer_alike(exported
     rows = [tokens(1, 8, seed=seed)[0].tolist() for seed in range(3)]
     # The token that this model writes third, so that the first answer ends early.
     eos = model.generate(tokens(1, 5), max_new_tokens=3, min_new_tokens=3, do_sample=False)[0, -1].item()
-    questions = Questions(prompts=[tokens(1, 5)[0].tolist(), rows[1]], max_new_tokens=6, eos=eos)
+    questions = Questions(prompts=[tokens(1, 5)[0].tolist(), rows[1]], max_new_tokens=6, ends=[eos, 2])
     options = {"new_tokens": 4, "num_threads": 1, "questions": questions}
     ours = {kind: measure(kind, place, rows, **options) for kind, place in (("torch", tmp_path), ("onnx", folder))}
     assert ours["onnx"]["answers"] == ours["torch"]["answers"] and ours["onnx"]["decoded"] == ours["torch"]["decoded"]

@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 from models import tokens
 from shadowpeft import SpeculativeConfig
 from shadowpeft.generate import SpeculativeFallbackWarning
-from shadowpeft.generate.rollback import recording, roll_back, why_not_croppable
+from shadowpeft.generate.rollback import CAN_DRAFT_IN_WINDOWS, recording, roll_back, why_not_croppable
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.cache import CACHE
 from speculation import adapted, oracle
@@ -34,6 +34,8 @@ def fresh_cache(model, ids):
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gpt2", *WINDOWED])
 def test_keys_and_values_of_both_paths_are_those_of_a_fresh_run(model_type):
+    if model_type == "mistral" and not CAN_DRAFT_IN_WINDOWS:
+        pytest.skip("this transformers does not let a shadow with windows draft")
     model, ids = adapted(model_type), tokens(2, LENGTH)
     plain = generate(model, ids)
     out = generate(model, ids, speculative=rigged(plain), return_dict_in_generate=True)

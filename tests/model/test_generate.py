@@ -155,3 +155,20 @@ def test_a_call_takes_its_cache_under_either_name_and_under_one_alone():
     assert second.get_seq_length() == ids.shape[1]
     with pytest.raises(ConfigError, match="give one of them"):
         model(ids[:, :1], past_key_values=first, cache=second)
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("options", [{}, {"speculative": 2}])
+def test_generate_and_last_hidden_states_take_a_cache_under_either_name(name, options):
+    model, ids = adapted(), tokens()
+    cache = make_cache("dynamic", model)
+    assert torch.equal(run(model, ids, **{name: cache}, **options), run(model, ids))
+    assert cache.get_seq_length() == ids.shape[1] + NEW - 1
+    first, second = (make_cache("dynamic", model) for _ in range(2))
+    model(ids, past_key_values=first, use_cache=True)
+    model.last_hidden_states(ids, use_cache=True, **{name: second})
+    more = tokens(2, 1, seed=4)
+    states = model.last_hidden_states(more, use_cache=True, **{name: second}).last_hidden_state
+    assert torch.equal(model.lm_logits(states), model(more, past_key_values=first, use_cache=True).logits)
+    with pytest.raises(ConfigError, match="give one of them"):
+        run(model, ids, past_key_values=first, cache=second)

@@ -10,9 +10,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +22,18 @@ import numpy as np
 from shadowpeft.errors import ConfigError
 
 KINDS = ("torch", "onnx")
-# A row of logits for [1, T] ids, and greedy decoding of n tokens behind [1, T] ids.
+# A row of logits for [1, T] ids; greedy decoding of at most n tokens behind [1, T] ids, up to one of some tokens.
 Logits = Callable[[np.ndarray], np.ndarray]
 Generate = Callable[..., np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Questions:
-    """Prompts to answer greedily: token ids of each, the longest answer, and the token that ends one."""
+    """Prompts to answer greedily: token ids of each, the longest answer, and the tokens that end one."""
 
     prompts: list[list[int]]
     max_new_tokens: int
-    eos: int | None
+    ends: list[int]
 
 
 def measure(
@@ -66,11 +67,13 @@ def measure(
 
 
 def measure_here(job: dict[str, Any]) -> dict[str, Any]:
-    """Size and peak memory of the process (bytes), load time (s), tokens/s of greedy decoding, bits a token, tokens.
+    """Size and peak memory (bytes), load time (s), tokens/s of greedy decoding, bits a token, tokens, answers.
 
-    Decoding is timed after one row of warm-up; the first half of each row is its prompt.
+    Memory is the peak of the process, and what it was with the runtime imported but nothing loaded. Decoding is timed after
+    one row of warm-up; the first half of each row is its prompt.
     """
     folder = Path(job["folder"])
+    import_module({"torch": "transformers", "onnx": "onnxruntime"}[job["kind"]])  # the runtime is no part of the model
     before = _peak_bytes()
     started = time.perf_counter()
     logits, generate = _open(job["kind"], folder, job["num_threads"])
@@ -85,7 +88,7 @@ def measure_here(job: dict[str, Any]) -> dict[str, Any]:
     asked = job.get("questions") or {"prompts": []}
     answers = []
     for prompt in asked["prompts"]:
-        ids = generate(np.array([prompt], dtype=np.int64), asked["max_new_tokens"], asked["eos"])
+        ids = generate(np.array([prompt], dtype=np.int64), asked["max_new_tokens"], asked["ends"])
         answers.append(ids[0, len(prompt) :].tolist())
     return {
         "file_bytes": _weight_bytes(folder),
@@ -116,18 +119,18 @@ def _open(kind: str, folder: Path, num_threads: int) -> tuple[Logits, Generate]:
         return model(torch.from_numpy(ids)).logits.numpy()
 
     @torch.inference_mode()
-    def generate(ids: np.ndarray, count: int, eos: int | None = None) -> np.ndarray:
+    def generate(ids: np.ndarray, count: int, ends: Sequence[int] = ()) -> np.ndarray:
         given = torch.from_numpy(ids)
-        options = {"max_new_tokens": count, "min_new_tokens": count if eos is None else None, "do_sample": False}
-        options |= {"eos_token_id": eos, "pad_token_id": eos}
+        options = {"max_new_tokens": count, "min_new_tokens": None if ends else count, "do_sample": False}
+        options |= {"eos_token_id": list(ends) or None, "pad_token_id": ends[0] if ends else 0}
         writer: Any = model
         return writer.generate(given, attention_mask=torch.ones_like(given), **options).numpy()
 
     return logits, generate
 
 
-def _generate_onnx(runner: Any, ids: np.ndarray, count: int, eos: int | None = None) -> np.ndarray:
-    return runner.generate(ids, max_new_tokens=count, eos=eos)
+def _generate_onnx(runner: Any, ids: np.ndarray, count: int, ends: Sequence[int] = ()) -> np.ndarray:
+    return runner.generate(ids, max_new_tokens=count, eos=ends)
 
 
 def _bits_per_token(logits: Logits, rows: list[np.ndarray]) -> float:
@@ -150,8 +153,9 @@ def _peak_bytes() -> int:
     """Peak resident set of this process. ``ru_maxrss`` starts at what the parent had when it forked; Linux knows better."""
     status = Path("/proc/self/status")
     if status.is_file():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
-        return int(line.split()[1]) * 1024
+        lines = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")]
+        if lines:
+            return int(lines[0].split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

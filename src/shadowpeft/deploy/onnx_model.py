@@ -1,5 +1,6 @@
 """An exported model in onnxruntime: logits, and greedy decoding with its key/value cache."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,14 @@ class OnnxModel:
         outputs = dict(zip(self._outputs, found, strict=True))
         return outputs["logits"], {name: outputs[name.replace("past_key_values", "present")] for name in self._empty}
 
-    def generate(self, ids: np.ndarray, *, max_new_tokens: int, eos: int | None = None) -> np.ndarray:
-        """Prompt and greedy continuation [1, T + new] of one row; stops behind ``eos``."""
+    def generate(self, ids: np.ndarray, *, max_new_tokens: int, eos: int | Sequence[int] | None = None) -> np.ndarray:
+        """Prompt and greedy continuation [1, T + new] of one row; stops behind ``eos``, or one of them."""
+        ends = () if eos is None else (eos,) if isinstance(eos, int) else eos
         logits, cache = self.run(ids, None)
         for step in range(max_new_tokens):
             token = logits[:, -1:].argmax(-1)
             ids = np.concatenate([ids, token], axis=1)
-            if step + 1 == max_new_tokens or token[0, 0] == eos:
+            if step + 1 == max_new_tokens or token[0, 0] in ends:
                 break
             logits, cache = self.run(token, cache)
         return ids

@@ -119,7 +119,7 @@ def speculative_decoding(
         reason = "flash attention knows what is valid in a static cache by the length of the mask; use sdpa or a dynamic cache"
     if reason is not None:
         warnings.warn(
-            f"decoding without speculation, since rejected drafts could not be removed from the cache: {reason}",
+            f"decoding without speculation: {reason}",
             SpeculativeFallbackWarning,
             stacklevel=4,
         )

@@ -150,6 +150,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         """As in transformers, with everything it offers but LayerSkip (``assistant_early_exit``).
 
         Args:
+            cache, past_key_values: a cache to go on with, under either of the names that transformers has for it.
             speculative: let the shadow draft, which changes nothing about the result: draft tokens a round,
                 ``"auto"``, or a ``SpeculativeConfig``; None decodes plainly.
 
@@ -162,6 +163,9 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
                 "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
                 "shadow instead: generate(..., speculative=4)"
             )
+        given = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if given is not None:
+            kwargs[CACHE] = given
         if speculative is None:
             return super().generate(*args, **kwargs)  # type: ignore[misc]
         return DECODERS["speculative"](self, *args, speculative=speculative, **kwargs)
@@ -174,6 +178,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         adapter: str | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """The decoder's output, whose ``last_hidden_state`` [B, T, d] is what :meth:`lm_logits` reads; no head runs.
@@ -181,6 +186,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         For losses that take the head into their own hands. Arguments as in :meth:`forward`.
         """
         inputs = dict(kwargs, input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        past_key_values = one_cache(past_key_values, cache)
         network = self._chosen(adapter)
         if network is None:
             return decoder_of(self.base)(use_cache=use_cache, **{CACHE: past_key_values}, **inputs)

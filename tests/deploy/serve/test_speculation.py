@@ -1,7 +1,9 @@
 """Drafted answers equal those of the attached model, whatever the shadows draft and whoever shares the batch."""
 
+import asyncio
 import random
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -13,12 +15,16 @@ from deploy.serve.test_scheduler import FAMILIES, TOKENIZER, all_of, collect, jo
 from deploy.tiny import shadow_model
 from shadowpeft.deploy.serve import batch as batches
 from shadowpeft.deploy.serve import speculation
+from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.mixed import mixed_logits
+from shadowpeft.deploy.serve.protocol import CompletionRequest
 from shadowpeft.deploy.serve.sampling import Sampling, distribution, draw
 from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.sequence import End
+from shadowpeft.deploy.serve.service import LocalService, Settings
+from shadowpeft.generate import SpeculativeFallbackWarning
 
 
 def drafting(name, length, seed, **options):
@@ -267,3 +273,20 @@ def test_a_round_that_fails_ends_its_rows_and_the_others_go_on(scheduler, monkey
     monkeypatch.undo()
     assert isinstance(all_of(plain)[-1], End)
     assert isinstance(all_of(collect(scheduler, drafting("robot", 3, 0))[1])[-1], End)
+
+
+def test_a_server_does_not_draft_in_windows_that_hand_out_all_they_recorded(monkeypatch):
+    monkeypatch.setattr("shadowpeft.generate.rollback.CAN_DRAFT_IN_WINDOWS", False)
+    request = CompletionRequest(model="robot:speculative", prompt=[5, 6], max_tokens=4)
+    drafts = {}
+    for model_type in ("mistral", "llama"):
+        model = shadow_model(model_type)
+        with warnings.catch_warnings(record=True) as raised:
+            warnings.simplefilter("always")
+            service = LocalService(model, TOKENIZER, catalogue(model.networks), Settings(num_drafts=3))
+        drafts[model_type] = service._job(request, service.entries["robot:speculative"], [5, 6]).num_drafts
+        told = [str(each.message) for each in raised if each.category is SpeculativeFallbackWarning]
+        assert len(told) == (len(model.networks) if model_type == "mistral" else 0)
+        assert all("decodes without speculation" in text and "5.18" in text for text in told)
+        asyncio.run(service.close())
+    assert drafts == {"mistral": 0, "llama": 3}

@@ -51,7 +51,7 @@ class Target:
             if not 0 <= value <= 1:
                 raise ConfigError(f"{name}={value} is not valid: expected a share from 0 to 1")
         if len(self.given()) > 1:
-            raise ConfigError(f"give one target, not {' and '.join(self.given())}: one follows from the other")
+            raise ConfigError(f"give one target, not {' and '.join(self.given())}")
 
     def given(self) -> dict[str, float]:
         return {name: value for name, value in asdict(self).items() if value is not None}

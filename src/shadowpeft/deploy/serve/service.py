@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import warnings
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from shadowpeft.deploy.serve.catalogue import Entry, find
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.exported import Served
+from shadowpeft.deploy.serve.joining import new_cache
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.prompts import chat_ids, check_ids, text_ids
 from shadowpeft.deploy.serve.protocol import ChatRequest, Request
@@ -19,6 +21,9 @@ from shadowpeft.deploy.serve.sampling import Sampling
 from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.sequence import End, Event, Job, Piece, Sequence
 from shadowpeft.evaluate.batches import num_positions
+from shadowpeft.generate import SpeculativeFallbackWarning
+from shadowpeft.generate.rollback import why_not_draftable
+from shadowpeft.model import ShadowModel
 from shadowpeft.train.tasks import Task
 
 
@@ -139,9 +144,20 @@ class LocalService:
         self.context = int(min(num_positions(model), settings.max_context or 2**31))
         self._vocabulary = model.config.vocab_size
         self._ends = end_ids(model, tokenizer)
+        self._num_drafts = {name: self._drafts_of(model, entry) for name, entry in entries.items()}
         self._scheduler = Scheduler(
             model, tokenizer, self.metrics, max_batch=settings.max_batch, max_waiting=settings.max_waiting
         )
+
+    def _drafts_of(self, model: Served, entry: Entry) -> int:
+        """Tokens that an entry's shadow drafts at a time; 0, with a warning, where this transformers does not let it."""
+        if entry.mode != "speculative" or entry.path.adapter is None or not isinstance(model, ShadowModel):
+            return 0
+        reason = why_not_draftable(new_cache(model.network(entry.path.adapter).backbone.config), self.context)
+        if reason is None:
+            return self.settings.num_drafts
+        warnings.warn(f"{entry.name} decodes without speculation: {reason}", SpeculativeFallbackWarning, stacklevel=4)
+        return 0
 
     def model_names(self) -> list[str]:
         return list(self.entries)
@@ -224,7 +240,7 @@ class LocalService:
             strip_start=isinstance(request, ChatRequest),
             num_top=request.num_top,
             deadline=time.monotonic() + settings.request_seconds,
-            num_drafts=settings.num_drafts if entry.mode == "speculative" else 0,
+            num_drafts=self._num_drafts[entry.name],
         )
 
 
