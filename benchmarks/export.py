@@ -12,6 +12,7 @@ import json
 import statistics
 import tempfile
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from shadowpeft.deploy.commands import detach, export
-from shadowpeft.deploy.gguf import SUPPORTED
+from shadowpeft.deploy.gguf import GGUF_FILE, SUPPORTED
 from shadowpeft.deploy.measure import Questions, measure
 from shadowpeft.deploy.serve.service import end_ids
 from shadowpeft.errors import DataError
@@ -34,15 +35,16 @@ from shadowpeft.train.run import task_named
 from shadowpeft.train.tasks import Task
 from shadowpeft.train.text import stream_texts
 
-RUNNABLE = {"torch-float32": "torch", "onnx": "onnx", "onnx-int8": "onnx"}
+# How each form is run; GGUF by llama.cpp, where xllamacpp is installed.
+RUNNABLE = {"torch-float32": "torch", "onnx": "onnx", "onnx-int8": "onnx", "gguf": "gguf", "gguf-f16": "gguf"}
 REFERENCE = "torch-float32"
-PACKAGES = ("onnxruntime", "onnx", "gguf")
+PACKAGES = ("onnxruntime", "onnx", "gguf", "xllamacpp")
 
 
 def write_forms(adapter: str, base: str | None, folder: Path) -> dict[str, Path]:
     """Every form that this shadow can take, by name."""
     quiet = Console(quiet=True)
-    forms = {name: folder / name for name in (*RUNNABLE, "gguf", "gguf-f16")}
+    forms = {name: folder / name for name in RUNNABLE}
     detach(adapter, str(forms[REFERENCE]), quiet, base=base, dtype="float32")
     if read_raw_config(str(forms[REFERENCE]))["model_type"] not in SUPPORTED:
         forms = {name: path for name, path in forms.items() if not name.startswith("gguf")}
@@ -70,42 +72,42 @@ def texts_of(data: str, tokenizer: Any) -> list[list[int]]:
 
 def run(
     forms: dict[str, Path], rows: list[list[int]], questions: Questions, *, new_tokens: int, num_threads: int, repeats: int
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[list[int]]]]:
-    """(what was measured of each form, its answers)."""
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in RUNNABLE}
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[Any]]]:
+    """(what was measured of each form, its answers); a form that nothing here runs has a size alone."""
+    runs: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in forms if not name.startswith("gguf") or find_spec("xllamacpp") is not None
+    }
     for repeat in range(repeats):
-        for name, kind in RUNNABLE.items():
+        for name, found in runs.items():
             # Answers do not change from one repetition to the next.
             asked = questions if repeat == 0 else None
-            found = measure(kind, forms[name], rows, new_tokens=new_tokens, num_threads=num_threads, questions=asked)
-            runs[name].append(found)
-    reference = runs[REFERENCE][0]["decoded"]
+            found.append(
+                measure(RUNNABLE[name], forms[name], rows, new_tokens=new_tokens, num_threads=num_threads, questions=asked)
+            )
     results: dict[str, dict[str, Any]] = {}
-    for name, found in runs.items():
-        pairs = zip(found[0]["decoded"], reference, strict=True)
-        equal = [a == b for one, two in pairs for a, b in zip(one, two, strict=True)]
-        results[name] = {
-            "file_bytes": found[0]["file_bytes"],
-            "bits_per_token": found[0]["bits_per_token"],
-            "same_greedy_tokens": sum(equal) / len(equal),
-        } | {
-            key: statistics.median(each[key] for each in found)
-            for key in ("tokens_per_second", "load_seconds", "peak_bytes", "peak_bytes_before_loading")
-        }
-    for name in forms.keys() - results.keys():
-        results[name] = {"file_bytes": (forms[name] / "model.gguf").stat().st_size}  # read back, but not run, here
-    return {name: results[name] for name in forms}, {name: found[0]["answers"] for name, found in runs.items()}
+    for name, folder in forms.items():
+        found = runs.get(name)
+        if found is None:
+            results[name] = {"file_bytes": (folder / GGUF_FILE).stat().st_size}
+            continue
+        medians = ("tokens_per_second", "load_seconds", "peak_bytes", "peak_bytes_before_loading")
+        results[name] = {"file_bytes": found[0]["file_bytes"], "bits_per_token": found[0]["bits_per_token"]}
+        results[name] |= {key: statistics.median(each[key] for each in found) for key in medians}
+    return results, {name: found[0]["answers"] for name, found in runs.items()}
 
 
 def add_scores(
-    results: dict[str, Any], answers: dict[str, list[list[int]]], task: Task, rows: list[Row], tokenizer: Any
+    results: dict[str, Any], answers: dict[str, list[Any]], task: Task, rows: list[Row], tokenizer: Any
 ) -> None:
     """The task's metric and its interval, for every form that answered."""
-    for name, ids in answers.items():
-        texts = [tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False) for each in ids]
-        count = sum(map(len, ids))
-        found = scored(task, rows, Answers(texts=texts, num_truncated=0, seconds=0.0, num_tokens=count))
-        same = sum(one == two for one, two in zip(ids, answers[REFERENCE], strict=True)) / len(ids)
+    said = {
+        name: [each if isinstance(each, str) else tokenizer.decode(each, skip_special_tokens=True,
+                                                                   clean_up_tokenization_spaces=False) for each in found]
+        for name, found in answers.items()
+    }  # fmt: skip
+    for name, texts in said.items():
+        found = scored(task, rows, Answers(texts=texts, num_truncated=0, seconds=0.0, num_tokens=0))
+        same = sum(one == two for one, two in zip(texts, said[REFERENCE], strict=True)) / len(texts)
         results[name] |= {"score": found.metrics[task.metric], "interval": found.interval, "same_answers": same}
 
 
@@ -121,7 +123,8 @@ def table(results: dict[str, dict[str, Any]], metric: str) -> str:
             memory = found["peak_bytes"] - found["peak_bytes_before_loading"]
             shown += [f"{memory / 1e6:.0f}", f"{found['tokens_per_second']:.0f}"]
             shown += [f"{found['tokens_per_second'] / speed:.2f}", f"{100 * found['score']:.1f}"]
-            shown += [f"{100 * found['same_answers']:.1f}%", f"{found['bits_per_token']:.4f}"]
+            bits = found["bits_per_token"]
+            shown += [f"{100 * found['same_answers']:.1f}%", "-" if bits is None else f"{bits:.4f}"]
         else:
             shown += ["-"] * 6
         lines.append(f"| {name} | {' | '.join(shown)} |")
@@ -173,7 +176,7 @@ def main() -> None:
         "setting": {"adapter": Path(given.adapter).name, "task": task.name, "metric": task.metric, "questions": len(asked),
                     "revision": data_revision(asked), "text": given.data and Path(given.data).name, "rows": len(rows),
                     "length": given.length, "new_tokens": given.new_tokens, "threads": given.threads,
-                    "repeats": given.repeats, "versions": {name: version(name) for name in PACKAGES}},
+                    "repeats": given.repeats, "versions": {name: version(name) for name in PACKAGES if find_spec(name)}},
         "results": results,
     }  # fmt: skip
     if given.out is not None:

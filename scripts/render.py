@@ -292,7 +292,7 @@ def export_table() -> str:
         if "tokens_per_second" in row:
             memory = (row["peak_bytes"] - row["peak_bytes_before_loading"]) / 1e6
             shown[1:] = [f"{memory:.0f}", f"{row['tokens_per_second']:,.0f}", f"{row['tokens_per_second'] / speed:.2f}",
-                         percent(row["score"]), percent(row["same_answers"]), f"{row['bits_per_token']:.3f}"]  # fmt: skip
+                         percent(row["score"]), percent(row["same_answers"]), three_digits(row["bits_per_token"])]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.deploy.gguf import GGUF_FILE, check_gguf, write_gguf
+from shadowpeft.deploy.gguf_model import GgufModel
 from shadowpeft.deploy.gguf_tokenizer import word_rules
 from shadowpeft.deploy.packages import ExportError
 
@@ -125,3 +126,24 @@ def test_another_type_and_features_the_format_lacks_are_refused(tmp_path):
     with pytest.raises(ExportError, match="attention_bias=True"):
         write_gguf(detached("llama", attention_bias=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_llama_cpp_writes_what_torch_writes(tmp_path, model_type, precision):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (pip install 'shadowpeft[test]' on Linux)")
+    tokenizer = byte_level()
+    model = detached(model_type, vocab_size=len(tokenizer))
+    if precision == "float16":  # what the file holds, so that both read the same weights
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.copy_(weight.half().float() if weight.dim() > 1 else weight)
+    write_gguf(model, tmp_path / "out", tokenizer=tokenizer, precision=precision)
+    runner = GgufModel(tmp_path / "out", context=64)
+    for seed in range(4):
+        ids = torch.randint(1, len(tokenizer), (1, 6), generator=torch.Generator().manual_seed(seed))
+        written = model.generate(ids, max_new_tokens=10, min_new_tokens=10, do_sample=False)[0, 6:]
+        expected = tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert runner.generate(ids[0].tolist(), max_new_tokens=10, ignore_end=True) == expected
+    with pytest.raises(ExportError, match="refused a prompt of 100 tokens"):
+        runner.generate([5] * 100, max_new_tokens=4)

@@ -22,7 +22,7 @@ def check_generates(model: PreTrainedModel, *, what: str) -> None:
         )
 
 
-def need(name: str, *, what: str) -> ModuleType:
+def need(name: str, *, what: str, install: str = "'shadowpeft[export]'") -> ModuleType:
     """Imports an optional package.
 
     Raises:
@@ -31,4 +31,4 @@ def need(name: str, *, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise MissingPackageError(f"{what} needs the package `{name}`: pip install 'shadowpeft[export]'") from error
+        raise MissingPackageError(f"{what} needs the package `{name}`: pip install {install}") from error
