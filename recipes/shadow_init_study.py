@@ -45,6 +45,9 @@ TINY_COMPANION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers
 # Equal fine-tuning, as in the demonstration.
 ADAPTER = ShadowConfig.preset("recommended").replace(freeze_embeddings=False)
 INITIALISATIONS = ("random", "truncated", "pretrained")
+# The pretrained shadow again, its own loss so heavy that it leads: what the detached shadow can be beside an attached one.
+LEADING = "pretrained, lambda 20"
+LEADING_WEIGHT = 20.0
 ALONE = "small model alone"
 SEEDS = (0, 1, 2)
 
@@ -103,9 +106,13 @@ def stop_if(interrupted: bool) -> None:
 
 
 def shadow_of(initialisation: str, pretrained: Path) -> ShadowConfig:
-    where = {"random": "implicit", "truncated": "base:first:2", "pretrained": str(pretrained)}[initialisation]
-    shape = {"shadow_num_hidden_layers": 2, "shadow_intermediate_size": None} if initialisation == "random" else {}
-    return ADAPTER.replace(shadow_model=where, **shape)
+    where = {"random": "implicit", "truncated": "base:first:2"}.get(initialisation, str(pretrained))
+    fields: dict[str, Any] = {}
+    if initialisation == "random":
+        fields = {"shadow_num_hidden_layers": 2, "shadow_intermediate_size": None}
+    if initialisation == LEADING:
+        fields = {"auxiliary_loss_weight": LEADING_WEIGHT}
+    return ADAPTER.replace(shadow_model=where, **fields)
 
 
 @torch.no_grad()
@@ -125,7 +132,7 @@ def acceptance(model: ShadowModel, done: Trained, max_length: int, rows: int) ->
 
 
 def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: int, pretrained: Path) -> dict[str, Any]:
-    folder = given.work / "cells" / f"{task}-{initialisation}-{seed}"
+    folder = given.work / "cells" / f"{task}-{initialisation.replace(' ', '-')}-{seed}"
     config = fine_tuning(given, task, seed, output=str(folder), shadow=shadow_of(initialisation, pretrained),
                          resume=(folder / RUN_FILE).is_file())  # fmt: skip
     done = train(config)
@@ -284,8 +291,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     seeds = SEEDS[:1] if given.tiny else SEEDS
     cells = []
-    for task, seed, initialisation in itertools.product(given.tasks.split(","), seeds, (*INITIALISATIONS, ALONE)):
-        path = given.out / f"{task}-{initialisation.replace(' ', '-')}-{seed}.json"
+    for task, seed, initialisation in itertools.product(given.tasks.split(","), seeds, (*INITIALISATIONS, LEADING, ALONE)):
+        path = given.out / f"{task}-{initialisation.replace(',', '').replace(' ', '-')}-{seed}.json"
         if not path.is_file():
             if initialisation == ALONE:
                 write_record(path, run_alone(given, task, seed, small))
