@@ -132,7 +132,7 @@ def acceptance(model: ShadowModel, done: Trained, max_length: int, rows: int) ->
 
 
 def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: int, pretrained: Path) -> dict[str, Any]:
-    folder = given.work / "cells" / f"{task}-{initialisation.replace(' ', '-')}-{seed}"
+    folder = given.work / "cells" / cell_name(task, initialisation, seed)
     config = fine_tuning(given, task, seed, output=str(folder), shadow=shadow_of(initialisation, pretrained),
                          resume=(folder / RUN_FILE).is_file())  # fmt: skip
     done = train(config)
@@ -151,6 +151,10 @@ def run_cell(given: argparse.Namespace, task: str, initialisation: str, seed: in
         "scores": {mode: without_generations(score) for mode, score in scores.items()},
         "draft": acceptance(model, done, config.max_length, 4 if given.tiny else 200),
     }
+
+
+def cell_name(task: str, initialisation: str, seed: int) -> str:
+    return f"{task}-{initialisation.replace(',', '').replace(' ', '-')}-{seed}"
 
 
 def fine_tuning(given: argparse.Namespace, task: str, seed: int, **options: Any) -> TrainConfig:
@@ -292,7 +296,7 @@ def main() -> None:
     seeds = SEEDS[:1] if given.tiny else SEEDS
     cells = []
     for task, seed, initialisation in itertools.product(given.tasks.split(","), seeds, (*INITIALISATIONS, LEADING, ALONE)):
-        path = given.out / f"{task}-{initialisation.replace(',', '').replace(' ', '-')}-{seed}.json"
+        path = given.out / f"{cell_name(task, initialisation, seed)}.json"
         if not path.is_file():
             if initialisation == ALONE:
                 write_record(path, run_alone(given, task, seed, small))

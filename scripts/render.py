@@ -304,7 +304,8 @@ NAMES = {"none": "untouched base", "lora": "LoRA", "dora": "DoRA", "shadow": "Sh
 def compare_table(name: str, base: str) -> str:
     """Scores of a comparison's main table, then what they are above LoRA, with 95% intervals; means over seeds."""
     rows = [row for row in result(f"{name}/summary")["tables"]["main"] if row["base"] == base]
-    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None))
+    # Of a task that is still under way there may be the untouched base alone.
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None and row["method"] == "lora"))
     metrics = {row["task"]: row["metric"] for row in rows if row["task"] is not None}
     heads = [f"{task}, {metrics[task]}" for task in tasks]
     lines = [f"| | {' | '.join(heads)} | mean of tasks |", "|---|" + "---:|" * (len(tasks) + 1)]
@@ -318,7 +319,7 @@ def compare_table(name: str, base: str) -> str:
         found = [cells.get((method, task)) for task in [*tasks, None]]
         shown = ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in found]
         lines.append(f"| {NAMES.get(method, method)}, above LoRA | {' | '.join(shown)} |")
-    counts = {len(row["seeds"]) for row in rows if row["task"] is not None and row["method"] != "none"}
+    counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
     seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     return "\n".join([*lines, "", f"{seeds} seeds, {rows[0]['rows']} test rows a task at most."])
 
