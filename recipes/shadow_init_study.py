@@ -10,9 +10,9 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -196,28 +196,17 @@ def language_modelling(given: argparse.Namespace, small: Path, pretrained: Path)
     sources = corpus.split_documents(given.data)[1].values()
     documents = [text for texts in sources for text in texts[: given.documents]]
     tokenizer, base = load_tokenizer(given.base), load_model(given.base)
+    measure = partial(corpus.bits_per_byte, tokenizer=tokenizer, documents=documents, context=256)
     models = {"base": base, "small model": load_model(str(small))}
-    found = {name: bits_a_byte(model, tokenizer, documents) for name, model in models.items()}
+    found = {name: measure(model) for name, model in models.items()}
     places = {"Eq. 12 alone": projected_shadow(given, small), "pretrained": pretrained}
     for name in ("random", "truncated", *places):
         shadow = shadow_of(name if name in INITIALISATIONS else "pretrained", places.get(name, pretrained))
         set_seed(0)
         model = get_shadow_model(base, shadow)
-        found[name] = bits_a_byte(model.detach(), tokenizer, documents)
+        found[name] = measure(model.detach())
         base = model.unload()
     return found
-
-
-def bits_a_byte(model: Any, tokenizer: Any, documents: list[str], length: int = 256) -> float:
-    """Every document starts behind the token that begins texts; long ones are cut."""
-    bits, num_bytes = 0.0, 0
-    for document in documents:
-        ids = [tokenizer.bos_token_id, *tokenizer(document)["input_ids"]]
-        num_bytes += len(document.encode())
-        for start in range(0, len(ids) - 1, length - 1):
-            window = torch.tensor([ids[start : start + length]])
-            bits += model(window, labels=window).loss.item() * (window.shape[1] - 1) / math.log(2)
-    return bits / num_bytes
 
 
 def base_corpus() -> Any:

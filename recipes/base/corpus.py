@@ -7,11 +7,15 @@ their text, are held out to measure bits per byte.
 
 import gzip
 import json
+import math
 import random
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
 
 # source -> (file, copies seen in one epoch). Short command-like texts are repeated, because the
 # embedded base is meant for commands; newsgroup posts are plentiful and noisy.
@@ -80,3 +84,17 @@ def training_stream(train: dict[str, list[str]], seed: int) -> list[str]:
     stream = [text for source, documents in train.items() for text in documents * SOURCES[source][1]]
     random.Random(seed).shuffle(stream)
     return stream
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, tokenizer: Any, documents: list[str], *, context: int) -> float:
+    """Bits the model needs for each UTF-8 byte; every document starts after END, long ones are cut into contexts."""
+    bits, num_bytes = 0.0, 0
+    for document in documents:
+        ids = [tokenizer.bos_token_id, *tokenizer(document)["input_ids"]]
+        num_bytes += len(document.encode())
+        for start in range(0, len(ids) - 1, context - 1):
+            window = torch.tensor([ids[start : start + context]])
+            loss = model(window, labels=window).loss.item()
+            bits += loss * (window.shape[1] - 1) / math.log(2)
+    return bits / num_bytes

@@ -6,12 +6,11 @@
 import argparse
 import json
 import lzma
-import math
 import time
 from pathlib import Path
 
 import torch
-from corpus import split_documents, training_stream
+from corpus import bits_per_byte, split_documents, training_stream
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
@@ -80,20 +79,6 @@ def pack(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> list[dict]
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-@torch.no_grad()
-def bits_per_byte(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> float:
-    """Bits the model needs for each UTF-8 byte; every document starts after END, long ones are cut into contexts."""
-    bits, num_bytes = 0.0, 0
-    for document in documents:
-        ids = [tokenizer.bos_token_id, *tokenizer(document)["input_ids"]]
-        num_bytes += len(document.encode())
-        for start in range(0, len(ids) - 1, CONTEXT - 1):
-            window = torch.tensor([ids[start : start + CONTEXT]])
-            loss = model(window, labels=window).loss.item()
-            bits += loss * (window.shape[1] - 1) / math.log(2)
-    return bits / num_bytes
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True)
@@ -152,7 +137,7 @@ def main() -> None:
         raw = "\n".join(documents).encode()
         report["held_out"][source] = {
             "bytes": len(raw),
-            "bits_per_byte": round(bits_per_byte(model, tokenizer, documents), 3),
+            "bits_per_byte": round(bits_per_byte(model, tokenizer, documents, context=CONTEXT), 3),
             "xz_bits_per_byte": round(8 * len(lzma.compress(raw, preset=9)) / len(raw), 3),
         }
     (args.out / "training_report.json").write_text(json.dumps(report, indent=1) + "\n")
