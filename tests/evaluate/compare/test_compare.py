@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import comparisons
+from shadowpeft.core.config import PRESETS
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import compare, read_recipe
 from shadowpeft.evaluate.compare.plan import plan_cells
@@ -104,6 +105,26 @@ def test_the_chosen_setting_is_the_one_that_the_final_runs_train_with(everything
             assert result["config"]["learning_rate"] == result["setting"]["learning_rate"]
 
 
+def test_the_report_shows_every_trial_and_marks_the_chosen_one(everything):
+    results = results_of(everything[1], "search")
+    shown = json.loads((everything[1] / "summary.json").read_text())["tables"]["search"]
+    assert len(shown) == sum(len(result["trials"]) for result in results)
+    chosen = [(row["base"], row["task"], row["method"], row["setting"]) for row in shown if row["is_chosen"]]
+    wanted = [(*(r["cell"][n] for n in ("base", "task", "method")), r["chosen"]) for r in results]
+    assert sorted(chosen, key=str) == sorted(wanted, key=str)
+    for row in shown:  # only a shadow can be detached, and it is not what is chosen by
+        assert (row["detached_loss"] is not None) == (row["method"] == "shadow")
+    assert "## Search" in (everything[1] / "report.md").read_text()
+
+
+def test_searches_can_be_run_alone(root, tmp_path):
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe())
+    cells = pending_cells(read_recipe(recipe), tmp_path / "out", retry_failed=False, sections=["search"])
+    assert cells and {cell.section for cell in cells} == {"search"}
+    plan = compare(recipe, Console(quiet=True), output=tmp_path, data_root=root, sections=["search"], plan=True)
+    assert isinstance(plan, list) and {line.section for line in plan} == {"search"}
+
+
 def test_all_methods_see_the_same_rows_and_steps(everything):
     results = results_of(everything[1], "main")
     for task in ("classes", "e2e"):
@@ -187,6 +208,16 @@ def test_changed_settings_make_results_out_of_date(everything, tmp_path):
 
 
 # ---------------------------------------------------------------- processes
+
+
+def test_another_meaning_of_a_preset_makes_the_shadows_results_out_of_date_and_no_others(everything, monkeypatch):
+    recipe, output = read_recipe(everything[0]), everything[1]
+    preset = recipe.methods["shadow"].shadow.get("preset", "paper")
+    monkeypatch.setitem(PRESETS, preset, {**PRESETS[preset], "auxiliary_loss_weight": 7.0})
+    cells = pending_cells(recipe, output, retry_failed=False)
+    assert {cell.method for cell in cells} == {"shadow", "all"}
+    every_shadow = {cell.id for cell in plan_cells(recipe) if cell.method in ("shadow", "all")}
+    assert {cell.id for cell in cells} == every_shadow
 
 
 def test_a_crashed_cell_is_on_record_blocks_only_what_needs_it_and_is_retried_on_demand(root, tmp_path):

@@ -71,6 +71,9 @@ def search(cell: Cell, store: Store) -> Payload:
         if spec.criterion == "metric":
             metric = evaluate_rows(fitted, fitted.model, store, cell.task, rows).metrics[task.metric]
         trials.append({"setting": setting, "metric": metric, "loss": loss, "train": fitted.cost})
+        if isinstance(fitted.model, ShadowModel):  # told, not chosen by
+            detached = fitted.model.detach()
+            trials[-1]["detached_loss"] = answer_loss(detached, fitted.tokenizer, task, rows, **loss_options(fitted))
     best = max(trials, key=_quality)
     return {
         "chosen": best["setting"],

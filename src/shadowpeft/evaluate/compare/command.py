@@ -9,7 +9,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare.estimate import Estimated, estimate, num_labels
 from shadowpeft.evaluate.compare.measure import measure_steps
 from shadowpeft.evaluate.compare.plan import plan_cells
-from shadowpeft.evaluate.compare.recipe import SECTIONS, known, read_recipe
+from shadowpeft.evaluate.compare.recipe import SEARCH, SECTIONS, known, read_recipe
 from shadowpeft.evaluate.compare.report import write_report
 from shadowpeft.evaluate.compare.runner import Counts, pending_cells, run_cells, worker_command
 from shadowpeft.evaluate.compare.store import Store
@@ -40,7 +40,7 @@ def compare(
         ShadowPeftError: of any kind, before the first cell.
     """
     read = read_recipe(recipe)
-    known(SECTIONS, sections or (), "section")
+    known({SEARCH: None, **SECTIONS}, sections or (), "section")
     if workers < 1 or threads < 1:
         raise ConfigError(f"workers={workers} and threads={threads} must both be at least 1")
     if data_root is not None and not data_root.is_dir():

@@ -44,7 +44,7 @@ def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Par
     for base in dict.fromkeys(entry["base"] for entry in tables["main"]):
         parts += _main_parts(gathered.recipe, base, [entry for entry in tables["main"] if entry["base"] == base])
     parts += [part for part in (_transfer_part(tables), _scaling_part(tables), _ablation_part(tables)) if part]
-    parts += [part for part in (_latency_part(tables), _cost_part(tables), _failed_part(gathered)) if part]
+    parts += [part for part in (_latency_part(tables), _cost_part(tables), _search_part(tables), _failed_part(gathered)) if part]
     return parts
 
 
@@ -121,7 +121,7 @@ def _cost_part(tables: dict[str, list[Entry]]) -> Part | None:
         [entry["method"], entry["base"], entry["task"], f"{entry['trainable']:,}", _number(entry["target"], ","),
          _number(entry["minutes"], ".2f"), _number(entry["peak_memory_mib"], ",.0f"),
          _number(entry["tokens_per_second"], ",.0f"),
-         ", ".join(f"{name} {value:g}" for name, value in entry["setting"].items())]
+         _setting(entry["setting"])]
         for entry in tables["cost"]
     ]  # fmt: skip
     columns = ["method", "base", "task", "trained parameters", "budget"]
@@ -131,6 +131,22 @@ def _cost_part(tables: dict[str, list[Entry]]) -> Part | None:
         "Cells that ran beside others share the machine, so minutes and tokens/s compare only roughly."
     )
     return ("Cost and chosen settings", text, columns, rows) if rows else None
+
+
+def _search_part(tables: dict[str, list[Entry]]) -> Part | None:
+    rows = [
+        [entry["method"], entry["base"], entry["task"], _setting(entry["setting"]), _number(entry["loss"], ".3f"),
+         _number(entry["detached_loss"], ".3f"), "" if entry["metric"] is None else f"{100 * entry['metric']:.1f}",
+         "yes" if entry["is_chosen"] else ""]
+        for entry in tables["search"]
+    ]  # fmt: skip
+    columns = ["method", "base", "task", "setting", "answer loss", "of the detached shadow", "metric", "chosen"]
+    text = "Trials on validation rows, one seed that no final run uses. Loss: nats a token of the right answer."
+    return ("Search", text, columns, rows) if rows else None
+
+
+def _setting(setting: Entry) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
 
 
 def _failed_part(gathered: Gathered) -> Part | None:

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.compare.recipe import ADAPTERS, Recipe
+from shadowpeft.evaluate.compare.recipe import ADAPTERS, MethodSpec, Recipe
 from shadowpeft.train.tasks import TASKS
 
 UNTRAINED = ("none",)
@@ -220,4 +221,11 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
         "search": dataclasses.asdict(recipe.search),
         "latency": recipe.sections.get("latency") if cell.section == "latency" else None,
     }
+    presets = {name: _preset(spec) for name, spec in methods.items() if spec.kind.startswith("shadow")}
+    if presets:  # the recipe has a preset's name only; what the name stands for can change
+        parts["presets"] = presets
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _preset(spec: MethodSpec) -> dict[str, Any]:
+    return ShadowConfig.preset(spec.shadow.get("preset", "paper")).to_dict()

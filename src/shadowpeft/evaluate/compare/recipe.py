@@ -130,6 +130,7 @@ class Recipe:
         return TrainConfig.from_dict({"base": self.bases[base].path, "task": self.tasks[task].task, **merged})
 
 
+SEARCH = "search"  # of the settings; no section of a recipe, but cells that can be run alone
 SECTIONS = {
     "main": {"bases", "tasks", "methods", "seeds", "score_detached"},
     "transfer": {"bases", "tasks", "methods", "seeds"},

@@ -15,6 +15,7 @@ from shadowpeft.evaluate.compare.tables import (
     cost_table,
     latency_table,
     main_table,
+    search_table,
     transfer_table,
     variant_table,
 )
@@ -43,6 +44,7 @@ def write_report(recipe: Recipe, output: Path) -> Gathered:
         "ablations": variant_table(gathered, "ablations"),
         "latency": latency_table(gathered),
         "cost": cost_table(gathered),
+        "search": search_table(gathered),
     }
     parts = report_parts(gathered, tables)
 

@@ -4,7 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 from shadowpeft.evaluate.compare.gather import DETACHED, Entry, Gathered, Key, paired, sample_of
-from shadowpeft.evaluate.compare.recipe import Recipe
+from shadowpeft.evaluate.compare.recipe import SEARCH, Recipe
 from shadowpeft.evaluate.compare.statistics import difference, estimate, mean_difference, mean_estimate
 
 
@@ -112,6 +112,22 @@ def cost_table(gathered: Gathered) -> list[Entry]:
             }
         )
     return table
+
+
+def search_table(gathered: Gathered) -> list[Entry]:
+    """Every trial of every search, and whether it was the one chosen."""
+    return [
+        {
+            "base": cell.base,
+            "task": cell.task,
+            "method": cell.method,
+            **{name: trial.get(name) for name in ("setting", "metric", "loss", "detached_loss")},
+            "is_chosen": trial["setting"] == result["chosen"],
+        }
+        for cell, result in gathered.results
+        if cell.section == SEARCH
+        for trial in result["trials"]
+    ]
 
 
 def latency_table(gathered: Gathered) -> list[Entry]:
