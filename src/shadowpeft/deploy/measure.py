@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.memory import peak_resident_bytes
 
 # Kinds of forms, and the package that runs each.
 RUNTIMES = {"torch": "transformers", "onnx": "onnxruntime", "gguf": "xllamacpp"}
@@ -172,12 +173,10 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def _peak_bytes() -> int:
-    """Peak resident set of this process. ``ru_maxrss`` starts at what the parent had when it forked; Linux knows better."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        lines = [line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:")]
-        if lines:
-            return int(lines[0].split()[1]) * 1024
+    """Peak resident set of this process."""
+    found = peak_resident_bytes()
+    if found is not None:
+        return found
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

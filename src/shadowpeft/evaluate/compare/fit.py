@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from shadowpeft.evaluate.memory import peak_resident_bytes
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.run import make_trainer, training_arguments
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_CLEAR = Path("/proc/self/clear_refs")
 
 
 def num_steps(config: TrainConfig, num_examples: int) -> int:
@@ -75,7 +76,5 @@ def peak_memory_mib() -> float | None:
     """Largest memory since :func:`reset_peak_memory`: allocated on the accelerator, else resident in this process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    if not _STATUS.is_file():
-        return None
-    lines = _STATUS.read_text(encoding="ascii").splitlines()
-    return next((round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith("VmHWM:")), None)
+    found = peak_resident_bytes()
+    return None if found is None else round(found / 2**20, 1)

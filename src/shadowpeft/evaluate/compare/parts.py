@@ -44,8 +44,9 @@ def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Par
     for base in dict.fromkeys(entry["base"] for entry in tables["main"]):
         parts += _main_parts(gathered.recipe, base, [entry for entry in tables["main"] if entry["base"] == base])
     parts += [part for part in (_transfer_part(tables), _scaling_part(tables), _ablation_part(tables)) if part]
-    parts += [part for part in (_latency_part(tables), _cost_part(tables), _search_part(tables), _failed_part(gathered)) if part]
-    return parts
+    parts += [part for part in (_latency_part(tables), _cost_part(tables), _search_part(tables)) if part]
+    failed = _failed_part(gathered)
+    return [*parts, failed] if failed else parts
 
 
 def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
