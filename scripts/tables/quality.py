@@ -1,0 +1,126 @@
+"""Tables of how good the models are."""
+
+import json
+from pathlib import Path
+
+from tables.common import ROOT, percent, result
+
+TASK_RESULTS = ("home_commands", "trec", "clinc150")
+MODES = ("base", "attached", "detached")
+NAMES = {"none": "untouched base", "lora": "LoRA", "dora": "DoRA", "shadow": "ShadowPEFT",
+         "shadow (detached)": "its shadow, detached"}  # fmt: skip
+
+
+def demo_table() -> str:
+    report = result("demo")
+    rows = ["| model | trainable parameters | accuracy | 95% interval | tokens/s |", "|---|---:|---:|---:|---:|"]
+    for mode in MODES:
+        score = report["scores"][mode]
+        low, high = score["interval"]
+        rows.append(
+            f"| {mode} | {report['parameters'][mode]:,} | {percent(score['metrics'][report['metric']])} "
+            f"| {percent(low)} - {percent(high)} | {score['tokens_per_second']:,.0f} |"
+        )
+    rows.append(f"| most frequent answer | 0 | {percent(report['majority'])} | | |")
+    return "\n".join([*rows, "", f"{report['num_test_rows']} test rows, {report['train_minutes']} minutes of training."])
+
+
+def tasks_table() -> str:
+    columns = ("task", "base model", "base", "attached", "95% interval", "detached", "most frequent answer",
+               "trainable parameters", "test rows", "minutes")  # fmt: skip
+    rows = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for name in TASK_RESULTS:
+        report = result(name)
+        scores = {mode: percent(score["metrics"][report["metric"]]) for mode, score in report["scores"].items()}
+        low, high = report["scores"]["attached"]["interval"]
+        cells = (report["task"], Path(report["config"]["base"]).name, scores["base"], scores["attached"],
+                 f"{percent(low)} - {percent(high)}", scores["detached"], percent(report["majority"]),
+                 f"{report['parameters']['attached']:,}", f"{report['num_test_rows']:,}",
+                 report["train_minutes"])  # fmt: skip
+        rows.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(rows)
+
+
+def parity_table() -> str:
+    heading = "| peer | architectures | cases | logits | auxiliary loss | loss | gradients |"
+    rows = [heading, "|---|---|---:|---:|---:|---:|---:|"]
+    found = result("parity")["rows"]
+    for peer in dict.fromkeys(row["peer"] for row in found):
+        of_peer = [row for row in found if row["peer"] == peer]
+        largest = [f"{max(row[key] for row in of_peer):.0e}" for key in ("logits", "auxiliary_loss", "loss", "gradients")]
+        architectures = sorted({row["architecture"] for row in of_peer})
+        rows.append(f"| {peer} | {', '.join(architectures)} | {len(of_peer)} | {' | '.join(largest)} |")
+    return "\n".join(rows)
+
+
+def base_table() -> str:
+    report = json.loads((ROOT / "src/shadowpeft/assets/base/training_report.json").read_text(encoding="utf-8"))
+    rows = ["| held-out text | bytes | bits per byte | `xz -9` |", "|---|---:|---:|---:|"]
+    for name, score in report["held_out"].items():
+        rows.append(f"| {name} | {score['bytes']:,} | {score['bits_per_byte']} | {score['xz_bits_per_byte']} |")
+    return "\n".join(rows)
+
+
+def distillation_table() -> str:
+    """One row a cell of recipes/distillation_study.py."""
+    columns = ("task", "distillation", "seed", "attached", "detached", "drafts accepted", "tokens a pass")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|---:|" + "---:|" * (len(columns) - 3)]
+    cells = [json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "results/distillation").glob("*.json")]
+    for cell in sorted(cells, key=lambda cell: (cell["task"], cell["variant"] != "none", cell["variant"], cell["seed"])):
+        scores = (percent(cell["scores"][mode][cell["metric"]]) for mode in ("attached", "detached"))
+        lines.append(
+            f"| {cell['task']} | {cell['variant']} | {cell['seed']} | {' | '.join(scores)} | {percent(cell['acceptance'])} "
+            f"| {cell['tokens_a_pass']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def shadow_init_table() -> str:
+    """Means over seeds of recipes/shadow_init_study.py, with their 95% intervals."""
+    columns = ("task", "shadow", "trained weights", "attached", "detached", "drafts accepted", "seeds")
+    lines = [f"| {' | '.join(columns)} |", "|---|---|" + "---:|" * (len(columns) - 2)]
+    for row in result("shadow_init")["rows"]:
+        measures = " | ".join(with_interval(row.get(name)) for name in ("attached", "detached", "acceptance"))
+        lines.append(f"| {row['task']} | {row['initialisation']} | {row['parameters']:,} | {measures} | {row['seeds']} |")
+    return "\n".join(lines)
+
+
+def with_interval(measure: dict[str, float | None] | None) -> str:
+    if measure is None or measure["mean"] is None:
+        return "-"
+    half = measure["half_width"]
+    return percent(measure["mean"]) + ("" if half is None else f" ± {100 * half:.1f}")
+
+
+def shadow_text_table() -> str:
+    found = result("shadow_init")["text"] or {}  # none where the study had no held-out text
+    names = {name: f"{name}, detached" if name not in ("base", "small model") else name for name in found}
+    lines = ["| before any fine-tuning | bits a byte of held-out text |", "|---|---:|"]
+    return "\n".join([*lines, *(f"| {names[name]} | {bits:.2f} |" for name, bits in found.items())])
+
+
+def compare_table(name: str, base: str) -> str:
+    """Scores of a comparison's main table, then what they are above LoRA, with 95% intervals; means over seeds."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["main"] if row["base"] == base]
+    # Of a task that is still under way there may be the untouched base alone.
+    tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None and row["method"] == "lora"))
+    metrics = {row["task"]: row["metric"] for row in rows if row["task"] is not None}
+    heads = [f"{task}, {metrics[task]}" for task in tasks]
+    lines = [f"| | {' | '.join(heads)} | mean of tasks |", "|---|" + "---:|" * (len(tasks) + 1)]
+    cells = {(row["method"], row["task"]): row for row in rows}
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    for method in methods:
+        found = [cells.get((method, task)) for task in [*tasks, None]]
+        shown = ["-" if row is None else percent(row["score"]["value"]) for row in found]
+        lines.append(f"| {NAMES.get(method, method)} | {' | '.join(shown)} |")
+    for method in [each for each in methods if each not in ("none", "lora")]:
+        found = [cells.get((method, task)) for task in [*tasks, None]]
+        shown = ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in found]
+        lines.append(f"| {NAMES.get(method, method)}, above LoRA | {' | '.join(shown)} |")
+    counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
+    seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    return "\n".join([*lines, "", f"{seeds} seeds, {rows[0]['rows']} test rows a task at most."])
+
+
+def above(difference: dict[str, float]) -> str:
+    return f"{100 * difference['value']:+.1f} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
