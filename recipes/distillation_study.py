@@ -25,6 +25,8 @@ from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import prompt_ids
 from shadowpeft.train.run import Trained, train
 
+# Lambda is what the preset had when this study was made.
+ADAPTER = ShadowConfig.preset("recommended", auxiliary_loss_weight=0.5)
 VARIANTS = {
     "none": {},
     "KL 0.5": {"distillation_weight": 0.5},
@@ -76,7 +78,7 @@ def run_cell(given: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     folder = given.work / cell.name
     data = None if given.data is None or cell.task == "robot" else str(given.data / cell.task)
     limits = {"limit_train": 64, "limit_eval": 8, "epochs": 1.0} if given.tiny else {"limit_eval": 300, "epochs": 3.0}
-    shadow = ShadowConfig.preset("recommended").replace(**VARIANTS[cell.variant])
+    shadow = ADAPTER.replace(**VARIANTS[cell.variant])
     config = TrainConfig(
         base="embedded", task=cell.task, data=data, output=str(folder), seed=cell.seed, batch_size=16,
         learning_rate=1.5e-3, shadow=shadow, resume=(folder / RUN_FILE).is_file(), **TASKS[cell.task], **limits,

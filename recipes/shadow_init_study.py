@@ -43,7 +43,8 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 COMPANION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, **HEADS}
 TINY_COMPANION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **HEADS}
 # Equal fine-tuning, as in the demonstration.
-ADAPTER = ShadowConfig.preset("recommended").replace(freeze_embeddings=False)
+# Lambda is what the preset had when this study was made, so that LEADING stands beside it.
+ADAPTER = ShadowConfig.preset("recommended").replace(freeze_embeddings=False, auxiliary_loss_weight=0.5)
 INITIALISATIONS = ("random", "truncated", "pretrained")
 # The pretrained shadow again, its own loss so heavy that it leads: what the detached shadow can be beside an attached one.
 LEADING = "pretrained, lambda 20"

@@ -124,3 +124,17 @@ def compare_table(name: str, base: str) -> str:
 
 def above(difference: dict[str, float]) -> str:
     return f"{100 * difference['value']:+.1f} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+
+
+def search_table(name: str) -> str:
+    """Every trial of a search as answer losses on validation rows, attached / detached; the chosen trial in bold."""
+    rows = result(f"{name}/summary")["tables"]["search"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = [f"| | learning rate | {' | '.join(tasks)} |", "|---|---:|" + "---:|" * len(tasks)]
+    found = {(row["method"], row["setting"]["learning_rate"], row["task"]): row for row in rows}
+    for method, rate in dict.fromkeys((row["method"], row["setting"]["learning_rate"]) for row in rows):
+        trials = [found[method, rate, task] for task in tasks]
+        shown = [f"{trial['loss']:.3f} / {trial['detached_loss']:.3f}" for trial in trials]
+        shown = [f"**{text}**" if trial["is_chosen"] else text for text, trial in zip(shown, trials, strict=True)]
+        lines.append(f"| {method} | {rate:g} | {' | '.join(shown)} |")
+    return "\n".join(lines)
