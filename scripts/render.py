@@ -40,7 +40,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distillation": quality.distillation_table,
     "tasks": quality.tasks_table,
     "system": partial(deployment.system_table, "system"),
-    "system-distilled": partial(deployment.system_table, "system-distilled"),
+    "system-short": deployment.system_short_table,
     "routers": deployment.routers_table,
     "serve-load": deployment.load_table,
     "cloud-restart": deployment.restart_table,

@@ -37,6 +37,20 @@ def system_table(name: str) -> str:
     return "\n".join(rows)
 
 
+def system_short_table() -> str:
+    """The system beside both clouds and the edge, for the README."""
+    columns = ("task", "LoRA cloud", "attached cloud", "edge alone", "edge and cloud", "to the cloud", "time, attached cloud = 1")
+    rows = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
+    for task, report in result("system")["tasks"].items():
+        systems = report["replayed"]["systems"]
+        names = ("LoRA, merged", "attached", "edge only", "edge and cloud")
+        accuracies = (percent(systems[name]["accuracy_in_scope"]) for name in names)
+        both = systems["edge and cloud"]
+        cells = (task, *accuracies, f"{percent(both['escalated_in_scope'])}%", f"{both['time_against']['attached']:.2f}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def routers_table() -> str:
     """Confidence scores by what they are worth: ``-`` where a task has no row out of scope, or a line no score."""
     rows = ["| task | confidence | area under the deferral curve | AUROC right/wrong | AUROC in/out of scope |",
