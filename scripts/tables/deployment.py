@@ -39,7 +39,8 @@ def system_table(name: str) -> str:
 
 def system_short_table() -> str:
     """The system beside both clouds and the edge, for the README."""
-    columns = ("task", "LoRA cloud", "attached cloud", "edge alone", "edge and cloud", "to the cloud", "time, attached cloud = 1")
+    columns = ("task", "LoRA cloud", "attached cloud", "edge alone", "edge and cloud", "to the cloud",
+               "time, attached cloud = 1")  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|---|" + "---:|" * (len(columns) - 1)]
     for task, report in result("system")["tasks"].items():
         systems = report["replayed"]["systems"]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tables.common import ROOT, percent, result
 
@@ -120,6 +121,61 @@ def compare_table(name: str, base: str) -> str:
     counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
     seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     return "\n".join([*lines, "", f"{seeds} seeds, {rows[0]['rows']} test rows a task at most."])
+
+
+def variants(name: str, section: str) -> list[dict[str, Any]]:
+    """Rows of a section of a comparison; none where it was not run."""
+    return result(f"{name}/summary")["tables"][section]
+
+
+def transfer_table(name: str) -> str:
+    """What a model trained on one task scores on others, and on its own."""
+    rows = [row for row in variants(name, "transfer") if row["answer_loss"] is not None]
+    trained = list(dict.fromkeys(row["task"] for row in rows if row["method"] != "none"))
+    lines = ["| | trained on | scored on | score | answer loss | above LoRA |", "|---|---|---|---:|---:|---:|"]
+    for row in sorted(rows, key=lambda row: (row["task"], row["scored"])):
+        if row["task"] not in trained:
+            continue
+        gap = "-" if row["difference"] is None else above(row["difference"])
+        score = f"{percent(row['score']['value'])} | {row['answer_loss']:.3f}"
+        on = "-" if row["method"] == "none" else row["task"]
+        lines.append(f"| {NAMES.get(row['method'], row['method'])} | {on} | {row['scored']} | {score} | {gap} |")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def ablation_table(name: str) -> str:
+    """One thing changed, for each task: the score and what it is above the unchanged method."""
+    rows = variants(name, "ablations")
+    tasks = list(dict.fromkeys(row["scored"] for row in rows))
+    heads = " | ".join(f"{task} | above unchanged" for task in tasks)
+    lines = [f"| | {heads} | seeds |", "|---|" + "---:|" * (2 * len(tasks) + 1)]
+    found = {(row["variant"], row["scored"]): row for row in rows}
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [found.get((variant, task)) for task in tasks]
+        shown = ["- | -" if one is None else f"{percent(one['score']['value'])} | {above(one['difference'])}" for one in cells]
+        seeds = min(len(one["seeds"]) for one in cells if one is not None)
+        lines.append(f"| {variant} | {' | '.join(shown)} | {seeds} |")
+    return "\n".join(lines)
+
+
+def scaling_table(name: str) -> str:
+    """Scores over budgets; a column a method, with 95% intervals."""
+    rows = variants(name, "scaling")
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = [f"| task | budget | {' | '.join(NAMES.get(each, each) for each in methods)} | seeds |",
+             "|---|---:|" + "---:|" * (len(methods) + 1)]  # fmt: skip
+    found = {(row["scored"], int(row["variant"]), row["method"]): row for row in rows}
+    for task, budget in sorted({(task, budget) for task, budget, _ in found}):
+        cells = [found.get((task, budget, method)) for method in methods]
+        seeds = min(len(one["seeds"]) for one in cells if one is not None)
+        lines.append(f"| {task} | {budget:,} | {' | '.join(map(with_bounds, cells))} | {seeds} |")
+    return "\n".join(lines)
+
+
+def with_bounds(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "-"
+    return f"{percent(row['score']['value'])} [{percent(row['score']['low'])}, {percent(row['score']['high'])}]"
 
 
 def above(difference: dict[str, float]) -> str:

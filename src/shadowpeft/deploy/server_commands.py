@@ -67,7 +67,7 @@ def serve(
     options = _settings(settings, task)
     loaded = load_served(adapters, base=base, lora=lora, allow_other_weights=allow_other_weights)
     service = LocalService(loaded.model, loaded.tokenizer, catalogue(loaded.adapters), options)
-    _run(service, console, host, port, api_key, max_bytes, options)
+    _run(service, console, host, port, api_key, max_bytes, options.request_seconds)
 
 
 def edge(
@@ -95,6 +95,10 @@ def edge(
     chosen = load_router(router)
     if target.given():
         chosen = chosen.with_target(target)
+    if breaker_failures < 1 or breaker_seconds <= 0:
+        raise ConfigError(
+            f"breaker_failures={breaker_failures}, breaker_seconds={breaker_seconds}: expected at least 1, and more than 0"
+        )
     if cloud is None and not never_escalate:
         raise ConfigError("name the cloud's address with --cloud URL, or switch it off with --never-escalate")
     options = _settings(settings, chosen.task)
@@ -116,7 +120,9 @@ def edge(
         )
     console.print(_expectation(chosen))
     service = EdgeService(local, chosen, asked, never_escalate=never_escalate)
-    _run(service, console, host, port, api_key, max_bytes, options)
+    # An answer may take its own time and then the cloud's.
+    seconds = options.request_seconds + (cloud_seconds if asked is not None else 0.0)
+    _run(service, console, host, port, api_key, max_bytes, seconds)
 
 
 def edge_service(loaded: Loaded, settings: Settings) -> LocalService:
@@ -181,18 +187,20 @@ def _settings(values: dict[str, Any], task: str | None) -> Settings:
     for name in ("max_batch", "max_waiting", "max_new_tokens", "num_drafts"):
         if values.get(name, 1) < 1:
             raise ConfigError(f"{name}={values[name]} is not valid: expected at least 1")
+    if not 0 <= values.get("temperature", 0.0) <= 2:
+        raise ConfigError(f"temperature={values['temperature']} is not valid: expected 0 to 2")
     if values.get("request_seconds", 1.0) <= 0:
         raise ConfigError(f"request_seconds={values['request_seconds']} is not valid: expected more than 0")
     return Settings(**values, task=task_or_none(task))
 
 
 def _run(
-    service: Service, console: Console, host: str, port: int, api_key: str | None, max_bytes: int, settings: Settings
+    service: Service, console: Console, host: str, port: int, api_key: str | None, max_bytes: int, seconds: float
 ) -> None:
     app = create_app(service, api_key=api_key, max_bytes=max_bytes)
     console.print(f"serving {', '.join(service.model_names())} at http://{host}:{port}", soft_wrap=True)
-    waited = run_app(app, host=host, port=port, grace_seconds=int(settings.request_seconds) + _GRACE)
-    console.print("stopped; every request was answered" if waited else "stopped at once; requests under way were cut off")
+    waited = run_app(app, host=host, port=port, grace_seconds=int(seconds) + _GRACE)
+    console.print("stopped; every request was answered" if waited else "stopped; requests under way were cut off")
 
 
 def _expectation(router: Router) -> str:

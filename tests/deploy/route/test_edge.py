@@ -60,8 +60,11 @@ def router(threshold=0.5, skills=None):
 
 
 @contextlib.contextmanager
-def edge(url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, cloud_model="robot", **options):
-    local = edge_service(Loaded(model=DETACHED, tokenizer=TOKENIZER, adapters=[]), Settings(temperature=0.0))
+def edge(
+    url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, cloud_model="robot", max_new_tokens=256, **options
+):
+    own = Settings(temperature=0.0, max_new_tokens=max_new_tokens)
+    local = edge_service(Loaded(model=DETACHED, tokenizer=TOKENIZER, adapters=[]), own)
     settings = {"model": cloud_model, "total_seconds": 120.0, "max_attempts": 2, "first_pause": 0.01} | options
     breaker = CircuitBreaker(max_failures=settings.pop("max_failures", 50), open_seconds=60)
     cloud = None
@@ -123,6 +126,13 @@ def said(text):
     return http({"choices": [choice], "usage": {"completion_tokens": 3, "prompt_tokens": 4, "total_tokens": 7}})
 
 
+# What a cloud may say in JSON and nobody can pass on: half a character.
+SIT_IN_HALVES = {
+    "choices": [{"message": {"content": "sit()\ud800"}, "finish_reason": "stop"}],
+    "usage": {"completion_tokens": 3},
+}
+
+
 def ask(address, **changes):
     answer = httpx.post(f"{address}/v1/chat/completions", json=ASKED | changes, timeout=150)
     assert answer.status_code == 200, answer.text
@@ -161,6 +171,37 @@ def test_an_unsure_answer_comes_from_a_real_cloud_batched_with_others():
         assert service.describe()["seen"] == {"answers": 2, "cloud": 2, "degraded": 0, "escalated": 2}
 
 
+def test_what_a_client_leaves_open_is_the_edges_to_say_not_the_clouds():
+    """Else a cloud with defaults of its own would sample, and at another length, what the router was calibrated on greedily."""
+    server = LocalService(MODEL, TOKENIZER, catalogue(MODEL.networks), Settings(temperature=2.0, max_new_tokens=3))
+    asked = {"model": "edge", "messages": ASKED["messages"]}
+    with running(create_app(server)) as url, edge(url, max_new_tokens=11) as (address, _):
+        answer = httpx.post(f"{address}/v1/chat/completions", json=asked, timeout=150).json()
+        greedy = ask(url, model="robot", temperature=0, max_tokens=11)
+        assert answer["shadow"]["answered_by"] == "cloud"
+        assert text_of(answer) == text_of(greedy) and answer["usage"] == greedy["usage"]
+
+
+def test_an_address_or_key_that_the_cloud_does_not_know_opens_the_breaker():
+    with scripted(http({"error": {}}, 401)) as (url, taken), edge(url, max_failures=2) as (address, _):
+        kinds = [ask(address)["shadow"]["cloud_error"] for _ in range(3)]
+        assert kinds == ["misconfigured", "misconfigured", "breaker_open"] and len(taken) == 2
+
+
+def test_an_answer_that_cannot_be_carried_out_says_nothing_against_the_cloud():
+    with scripted(said("I am no skill")) as (url, taken), edge(url, skills=("sit",), max_failures=2) as (address, service):
+        assert [ask(address)["shadow"]["cloud_error"] for _ in range(4)] == ["unusable"] * 4
+        assert len(taken) == 4 and not service.describe()["breaker_open"]
+
+
+def test_several_choices_and_logprobs_are_answered_by_the_device_alone():
+    with scripted(said("never")) as (url, taken), edge(url) as (address, _):
+        answer = ask(address, model="edge:local", n=2, logprobs=True, top_logprobs=1)
+        assert len(answer["choices"]) == 2 and answer["shadow"]["answered_by"] == "edge" and not taken
+        for choice in answer["choices"]:
+            assert choice["logprobs"]["content"] and "confidence" not in answer["shadow"]
+
+
 def test_drafts_of_a_speculating_cloud_are_passed_on():
     server = LocalService(MODEL, TOKENIZER, catalogue(MODEL.networks), Settings(temperature=0.0))
     with running(create_app(server)) as url, edge(url, cloud_model="robot:speculative") as (address, _):
@@ -193,10 +234,16 @@ def test_what_is_no_skill_goes_to_the_cloud_however_sure_the_edge_is():
         (http({"error": {}}, 500), "failed"),
         (http({"error": {}}, 429), "failed"),
         (http({"error": {}}, 400), "refused"),
+        (http({"error": {}}, 401), "misconfigured"),
+        (http({"error": {}}, 404), "misconfigured"),
         (http(b"\xff\x00 rubbish"), "wrong"),
         (http({"choices": []}), "wrong"),
         (http([1]), "wrong"),
-        (said("I am no skill"), "wrong"),
+        (said("I am no skill"), "unusable"),
+        (said("sit()").replace(b'"completion_tokens": 3', b'"completion_tokens":-3'), "wrong"),
+        (http(b"[" * 100_000), "wrong"),
+        (http(json.dumps(SIT_IN_HALVES).encode()), "wrong"),
+        (said("sit()").replace(b"\r\n\r\n", b"\r\ncontent-encoding: gzip\r\n\r\n"), "wrong"),
         (b"\x00\x01\x02 no http at all", "down"),
     ],
 )
@@ -207,7 +254,7 @@ def test_a_cloud_that_is_down_slow_or_wrong_leaves_the_edge_answer_flagged(reply
         assert text_of(answer) == edge_text
         assert answer["shadow"]["degraded"] and answer["shadow"]["answered_by"] == "edge"
         assert answer["shadow"]["cloud_error"] == kind
-        attempts = 1 if kind in ("refused", "late") else 2
+        attempts = 1 if kind in ("refused", "misconfigured", "unusable", "late") else 2
         assert len(taken) == attempts or kind == "late"  # the edge may hang up before its connection is taken up here
         assert service.metrics.value("cloud_attempts_total", outcome=kind) == attempts
         assert service.metrics.value("degraded_total") == 1

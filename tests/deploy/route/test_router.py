@@ -148,16 +148,31 @@ def test_the_breaker_opens_after_failures_in_a_row_and_tries_once_after_a_while(
     now = [0.0]
     breaker = CircuitBreaker(max_failures=2, open_seconds=5, clock=lambda: now[0])
     for outcome in ("failed", "succeeded", "failed", "failed"):
-        assert breaker.allows()
-        getattr(breaker, outcome)()
-    assert breaker.is_open and not breaker.allows()
+        getattr(breaker, outcome)(breaker.admit())
+    assert breaker.is_open and breaker.admit() is None
     now[0] = 6
-    assert breaker.allows() and not breaker.allows()
-    breaker.failed()
-    assert not breaker.allows()
+    trial = breaker.admit()
+    assert trial.is_trial and breaker.admit() is None
+    breaker.failed(trial)
+    assert breaker.admit() is None
     now[0] = 12
-    assert breaker.allows()
-    breaker.released()
-    assert breaker.allows()
-    breaker.succeeded()
-    assert not breaker.is_open and breaker.allows() and breaker.allows()
+    breaker.released(breaker.admit())
+    breaker.succeeded(breaker.admit())
+    assert not breaker.is_open and not breaker.admit().is_trial
+
+
+@pytest.mark.parametrize("outcome", ["failed", "released"])
+def test_a_call_from_before_the_breaker_opened_lets_no_second_trial_through_and_does_not_prolong_it(outcome):
+    now = [0.0]
+    breaker = CircuitBreaker(max_failures=1, open_seconds=5, clock=lambda: now[0])
+    old, first = breaker.admit(), breaker.admit()
+    breaker.failed(first)
+    now[0] = 4
+    getattr(breaker, outcome)(old)
+    now[0] = 6
+    other = breaker.admit()
+    assert other is not None and other.is_trial
+    getattr(breaker, outcome)(old)
+    assert breaker.admit() is None
+    breaker.succeeded(other)
+    assert not breaker.is_open

@@ -14,6 +14,9 @@ from deploy.running import held_steps, running, wait_until
 from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.deploy.serve.app import create_app
 from shadowpeft.deploy.serve.catalogue import catalogue
+from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.prompts import chat_ids
+from shadowpeft.deploy.serve.protocol import ChatRequest, parse
 from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.service import LocalService, Settings
 
@@ -225,6 +228,32 @@ def test_bad_input_gets_a_status_and_openais_error_and_the_server_lives(raw, wha
     error = answer.json()["error"]
     assert error["message"] and error["type"] and {"param", "code"} <= error.keys()
     assert raw.get("/healthz").json() == {"status": "ok"}
+
+
+def test_a_fault_of_the_servers_own_is_told_in_the_same_shape_and_counted(monkeypatch):
+    service = local_service()
+
+    async def broken(request):
+        raise RuntimeError("a secret of the server")
+
+    monkeypatch.setattr(service, "ask", broken)
+    with running(create_app(service)) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=120)
+        assert answer.status_code == 500 and "secret" not in answer.text
+        assert answer.json()["error"] == {
+            "message": "the server failed on this request; its log says why",
+            "type": "server_error", "param": None, "code": "internal_error",
+        }  # fmt: skip
+        assert service.metrics.value("requests_total", route="/v1/chat/completions", status="500") == 1
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('turns must alternate') }}", "{{ messages[7].content }}"])
+def test_messages_that_the_chat_template_refuses_are_the_clients_fault(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ApiError, match="chat template refuses") as refusal:
+        chat_ids(tokenizer, parse(ChatRequest, json.dumps(CHAT).encode()).messages, None)
+    assert refusal.value.status == 400 and refusal.value.param == "messages"
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused(raw):

@@ -1,5 +1,6 @@
 """SIGTERM at real processes: what runs is finished, the last line is printed, and the exit status is 0."""
 
+import contextlib
 import threading
 
 import httpx
@@ -73,3 +74,26 @@ def test_sigterm_finishes_what_runs_and_ends_with_status_0(saved, verb, model, t
         server.close()
     assert got[0].status_code == 200
     assert got[0].json()["usage"]["completion_tokens"] == ASKED["max_tokens"]
+
+
+def test_requests_that_outlast_the_grace_are_cut_and_not_called_answered(saved, tmp_path, monkeypatch):
+    held = HELD.format(gate=str(tmp_path / "never"))
+    shorter = "from shadowpeft.deploy import server_commands\nserver_commands._GRACE = 0\nfrom shadowpeft.cli import main"
+    monkeypatch.setattr(processes, "_PROGRAM", held.replace("from shadowpeft.cli import main", shorter))
+    server = ServerProcess(["serve", f"robot={saved / 'adapter'}", "--request-seconds", "1"])
+
+    def ask():
+        with contextlib.suppress(httpx.HTTPError):  # what the cut connection says is no matter here
+            httpx.post(f"{server.url}/v1/chat/completions", json=ASKED | {"model": "robot"}, timeout=240, trust_env=False)
+
+    server.start()
+    try:
+        asking = threading.Thread(target=ask)
+        asking.start()
+        wait_until(lambda: is_decoding(server.url))
+        status = server.stop(240)
+        asking.join()
+        assert (status, server.last_line()) == (0, "stopped; requests under way were cut off")
+    finally:
+        server.kill()
+        server.close()

@@ -2,6 +2,14 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Permit:
+    """One call that may be made; handed back with its outcome. ``is_trial``: the one that is let through an open breaker."""
+
+    is_trial: bool
 
 
 class CircuitBreaker:
@@ -25,24 +33,30 @@ class CircuitBreaker:
     def is_open(self) -> bool:
         return self._opened is not None
 
-    def allows(self) -> bool:
-        """Whether a call may be made now. Who gets True must report ``succeeded``, ``failed`` or ``released``."""
+    def admit(self) -> Permit | None:
+        """A permit, or None if no call may be made now. It must come back by ``succeeded``, ``failed`` or ``released``."""
         if self._opened is None:
-            return True
+            return Permit(is_trial=False)
         if self._trial_runs or self._clock() - self._opened < self._open_seconds:
-            return False
+            return None
         self._trial_runs = True
-        return True
+        return Permit(is_trial=True)
 
-    def succeeded(self) -> None:
-        self._failures, self._opened, self._trial_runs = 0, None, False
+    def succeeded(self, permit: Permit) -> None:
+        self._end(permit)
+        self._failures, self._opened = 0, None
 
-    def failed(self) -> None:
+    def failed(self, permit: Permit) -> None:
+        """Opens on a failed trial and on the last failure allowed; calls from before it opened do not make it stay open."""
+        self._end(permit)
         self._failures += 1
-        if self._trial_runs or self._failures >= self._max_failures:
+        if permit.is_trial or (self._opened is None and self._failures >= self._max_failures):
             self._opened = self._clock()
-        self._trial_runs = False
 
-    def released(self) -> None:
+    def released(self, permit: Permit) -> None:
         """The call ended without saying anything about the cloud, as when the client left."""
-        self._trial_runs = False
+        self._end(permit)
+
+    def _end(self, permit: Permit) -> None:
+        if permit.is_trial:  # an older call that ends meanwhile must not let a second trial through
+            self._trial_runs = False

@@ -12,7 +12,13 @@ import httpx
 from shadowpeft.deploy.route.breaker import CircuitBreaker
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.protocol import ChatRequest, Request
-from shadowpeft.errors import ShadowPeftError
+from shadowpeft.errors import ConfigError, ShadowPeftError
+
+# The same request again would end the same way: it was refused, the key or address is wrong, or a well-formed answer is none
+# that the device can carry out (the edge asks for what it decodes itself, greedily as a rule).
+_FINAL = {"refused", "misconfigured", "unusable"}
+# These say nothing against the cloud's health.
+_HARMLESS = {"refused", "unusable"}
 
 
 class CloudError(ShadowPeftError):
@@ -46,6 +52,9 @@ class CloudSettings:
         total_seconds: for all attempts and pauses together.
         max_attempts: calls for one answer.
         first_pause, max_pause: seconds between attempts, doubled each time, half of it at random.
+
+    Raises:
+        ConfigError: an address that is none, no time, or no attempt.
     """
 
     url: str
@@ -55,6 +64,14 @@ class CloudSettings:
     max_attempts: int = 3
     first_pause: float = 0.1
     max_pause: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")) or self.url.rstrip("/").endswith("/v1"):
+            raise ConfigError(f"cloud={self.url!r} is not valid: expected an address without /v1, such as http://127.0.0.1:8000")
+        if self.total_seconds <= 0:
+            raise ConfigError(f"cloud_seconds={self.total_seconds} is not valid: expected more than 0")
+        if self.max_attempts < 1:
+            raise ConfigError(f"cloud_attempts={self.max_attempts} is not valid: expected at least 1")
 
 
 class Cloud:
@@ -91,7 +108,7 @@ class Cloud:
         """The cloud's answer to a client's request.
 
         Args:
-            is_acceptable: whether a text can be used; another one counts as a failed attempt.
+            is_acceptable: whether a text can be used; another one is not asked for again.
 
         Raises:
             CloudError: the breaker is open, or no attempt within the time gave an answer that can be used.
@@ -102,7 +119,8 @@ class Cloud:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
-            if not self.breaker.allows():
+            permit = self.breaker.admit()
+            if permit is None:
                 self._count("not_asked")
                 raise CloudError("breaker_open", "the cloud failed several times and is left alone for now")
             try:
@@ -110,15 +128,14 @@ class Cloud:
             except CloudError as error:
                 failure = error
                 self._count(error.kind)
-                if error.kind == "refused":  # the request's fault, not the cloud's: the same again is pointless
-                    self.breaker.succeeded()
+                (self.breaker.succeeded if error.kind in _HARMLESS else self.breaker.failed)(permit)
+                if error.kind in _FINAL:
                     raise
-                self.breaker.failed()
             except BaseException:
-                self.breaker.released()
+                self.breaker.released(permit)
                 raise
             else:
-                self.breaker.succeeded()
+                self.breaker.succeeded(permit)
                 self._count("answered")
                 return answer
             finally:
@@ -144,15 +161,19 @@ class Cloud:
             )
         except (httpx.TimeoutException, asyncio.TimeoutError) as error:
             raise CloudError("late", "the cloud did not answer in time") from error
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except httpx.DecodingError as error:
+            raise CloudError("wrong", "the cloud's answer is not in the encoding it names") from error
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             raise CloudError("down", f"the cloud cannot be reached: {type(error).__name__}") from error
         if reply.status_code in (408, 429) or reply.status_code >= 500:
             raise CloudError("failed", f"the cloud answered with status {reply.status_code}")
+        if reply.status_code in (401, 403, 404):
+            raise CloudError("misconfigured", f"the cloud does not know this key, model or address: status {reply.status_code}")
         if reply.status_code != 200:
             raise CloudError("refused", f"the cloud refused with status {reply.status_code}")
         answer = _read(reply, isinstance(request, ChatRequest), attempt)
         if not is_acceptable(answer.text):
-            raise CloudError("wrong", "the cloud's answer is none that can be carried out")
+            raise CloudError("unusable", "the cloud's answer is none that can be carried out")
         return answer
 
 
@@ -168,9 +189,10 @@ def _read(reply: httpx.Response, is_chat: bool, attempt: int) -> CloudAnswer:
         choice = values["choices"][0]
         text = choice["message"]["content"] if is_chat else choice["text"]
         reason, num_tokens = choice["finish_reason"], values["usage"]["completion_tokens"]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise CloudError("wrong", "the cloud's answer is not of OpenAI's shape") from error
-    if not isinstance(text, str) or not isinstance(reason, str) or not isinstance(num_tokens, int):
+    is_counted = isinstance(num_tokens, int) and num_tokens >= 0
+    if not _is_text(text) or not _is_text(reason) or not is_counted:
         raise CloudError("wrong", "the cloud's answer is not of OpenAI's shape")
     drafted, accepted = _drafts(values["usage"])
     return CloudAnswer(
@@ -183,12 +205,17 @@ def _read(reply: httpx.Response, is_chat: bool, attempt: int) -> CloudAnswer:
     )
 
 
+def _is_text(value: Any) -> bool:
+    """Whether a value is a text that can be passed on; half a surrogate pair, which JSON can hold, cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def _drafts(usage: dict[str, Any]) -> tuple[int | None, int | None]:
     """(drafted, accepted) by OpenAI's counts of predicted tokens; an answer is none the worse for odd ones."""
     details = usage.get("completion_tokens_details")
     if not isinstance(details, dict):
         return None, None
     accepted, rejected = (details.get(f"{kind}_prediction_tokens") for kind in ("accepted", "rejected"))
-    if not isinstance(accepted, int) or not isinstance(rejected, int) or accepted + rejected <= 0:
+    if not isinstance(accepted, int) or not isinstance(rejected, int) or min(accepted, rejected) < 0 or not accepted + rejected:
         return None, None
     return accepted + rejected, accepted

@@ -93,11 +93,14 @@ class EdgeService:
             "seen": dict(self.seen),
         }
 
-    async def ask(self, request: Request) -> "RoutedAnswer":
+    async def ask(self, request: Request) -> "RoutedAnswer | LocalAnswer":
         """Starts the local answer; the decision falls when it is complete.
 
+        What a router cannot judge (several choices, logprobs) is answered under the name ``edge:local`` alone, without a
+        confidence.
+
         Raises:
-            ApiError: unknown model, or something a router cannot do (several choices, logprobs).
+            ApiError: unknown model, or something a router cannot do.
         """
         if request.model not in self.model_names():
             known = ", ".join(self.model_names())
@@ -107,10 +110,16 @@ class EdgeService:
                 code="model_not_found",
                 param="model",
             )
-        if request.n > 1 or (isinstance(request, CompletionRequest) and len(request.prompts) > 1):
-            raise ApiError("an edge answers one prompt once a request; ask again for more", code="unsupported")
+        has_many = request.n > 1 or (isinstance(request, CompletionRequest) and len(request.prompts) > 1)
+        if request.model == LOCAL_NAME and (has_many or request.num_top is not None):
+            answer = await self.local.ask(request.model_copy(update={"model": EDGE_NAME}))
+            answer.info |= {"answered_by": "edge", "kept_private": True}
+            return answer
+        if has_many:
+            said = f"a router judges one answer a request; ask again for more, or ask {LOCAL_NAME!r}"
+            raise ApiError(said, code="unsupported")
         if request.num_top is not None:
-            raise ApiError("an edge gives a confidence, no logprobs; leave them out", param="logprobs")
+            raise ApiError(f"a router gives a confidence, no logprobs; leave them out, or ask {LOCAL_NAME!r}", param="logprobs")
         started = time.monotonic()
         local = await self.local.ask(request.model_copy(update={"model": EDGE_NAME}), with_facts=True)
         may_escalate = self.cloud is not None and request.model != LOCAL_NAME
@@ -169,7 +178,7 @@ class RoutedAnswer:
         """The cloud's answer, or the edge's own where there is none."""
         started = time.monotonic()
         try:
-            answer = await cloud.ask(self.request, partial(is_acceptable, self.service.router))
+            answer = await cloud.ask(self.local.request, partial(is_acceptable, self.service.router))
         except CloudError as error:
             self.info |= {"degraded": True, "cloud_error": error.kind}
         else:

@@ -38,6 +38,8 @@ def create_app(service: Service, *, api_key: str | None = None, max_bytes: int =
     app.add_middleware(Guards, metrics=service.metrics, api_key=api_key, max_bytes=max_bytes, body_seconds=body_seconds)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected_error)
+    app.state.num_cut = 0  # requests that the end of the server cut off
     born = int(time.time())
 
     @app.post("/v1/chat/completions")
@@ -145,6 +147,12 @@ async def _api_error(http: HttpRequest, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
     headers = {} if error.retry_after is None else {"retry-after": str(error.retry_after)}
     return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+
+async def _unexpected_error(http: HttpRequest, error: Exception) -> JSONResponse:
+    """A fault of the server's own, told in the same shape; the server logs what it was."""
+    fault = ApiError("the server failed on this request; its log says why", status=500, code="internal_error")
+    return JSONResponse(fault.body(), status_code=500)
 
 
 async def _http_error(http: HttpRequest, error: Exception) -> JSONResponse:

@@ -41,14 +41,23 @@ class Guards:
                 status = message["status"]
             await send(message)
 
+        is_fault = True
         try:
             self._check_key(scope)
             body = await self._read(scope, receive)
             if body is not None:
                 await self.app(scope, _replay(body, receive), watched)
+            is_fault = False
         except ApiError as error:
+            is_fault = False
             await _send_error(watched, error)
+        except asyncio.CancelledError:  # only the end of the server cancels a request
+            is_fault = False
+            scope["app"].state.num_cut += 1
+            raise
         finally:
+            if is_fault and status == 499:
+                status = 500  # sent by whoever is around this layer
             route = route.path if (route := scope.get("route")) is not None else "other"
             self.metrics.requests.labels(route=route, status=str(status)).inc()
             self.metrics.request_seconds.observe(time.monotonic() - started)

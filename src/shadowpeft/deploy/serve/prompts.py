@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve.errors import ApiError
@@ -16,6 +17,9 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ta
 
     With a task, its prompt around the last message, as in training. Else the tokenizer's chat template; else a plain
     transcript, since a base without template has no better convention.
+
+    Raises:
+        ApiError: the template refuses the messages, or a text is none.
     """
     turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
     if task is not None:
@@ -24,7 +28,10 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ta
         if not uses_chat(tokenizer):
             return text_ids(tokenizer, prompt)
     if uses_chat(tokenizer):
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+        try:
+            text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+        except TemplateError as error:  # a template's own words: no system role, turns that do not alternate
+            raise ApiError(f"this model's chat template refuses the messages: {error}", param="messages") from error
         return _encode(tokenizer, str(text))
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
     return text_ids(tokenizer, "\n".join([*lines, "Assistant:"]))

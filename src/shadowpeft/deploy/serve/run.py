@@ -20,7 +20,7 @@ def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int) -> bool:
         grace_seconds: requests that still run after so long are cut off.
 
     Returns:
-        Whether it waited for the running requests; a second Ctrl-C ends it without.
+        Whether every running request was answered; none is waited for after a second Ctrl-C, nor past the grace.
 
     Raises:
         ConfigError: the address cannot be used.
@@ -32,7 +32,7 @@ def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int) -> bool:
     server = uvicorn.Server(config)
     with _signals_end_only(server):
         server.run()
-    return not server.force_exit
+    return not server.force_exit and not app.state.num_cut
 
 
 @contextmanager

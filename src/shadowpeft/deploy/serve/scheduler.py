@@ -63,8 +63,10 @@ class Scheduler:
         """Queues jobs, all or none.
 
         Raises:
-            ApiError: too many are waiting (429), or the server is going down (503).
+            ApiError: more at once than may ever wait (400), too many are waiting (429), or the server is going down (503).
         """
+        if len(jobs) > self._max_waiting:
+            raise ApiError(f"{len(jobs)} answers in one request; at most {self._max_waiting} may be", code="invalid_value")
         sequences = [Sequence(job, emit, self._tokenizer) for job, emit in zip(jobs, emits, strict=True)]
         with self._wake:
             if self._closing or not self._thread.is_alive():

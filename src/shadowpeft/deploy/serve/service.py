@@ -94,9 +94,13 @@ class Service(Protocol):
 
 @dataclass(eq=False, kw_only=True)
 class LocalAnswer:
-    """Choices that the scheduler decodes."""
+    """Choices that the scheduler decodes.
+
+    ``request``: as it was understood, with the settings' temperature and length where it named none.
+    """
 
     scheduler: Scheduler
+    request: Request
     model: str
     num_prompt_tokens: int
     num_choices: int
@@ -191,6 +195,7 @@ class LocalService:
         loop = asyncio.get_running_loop()
         answer = LocalAnswer(
             scheduler=self._scheduler,
+            request=_completed(request, jobs[0]),
             model=request.model,
             num_prompt_tokens=sum(map(len, prompts)),
             num_choices=len(jobs),
@@ -242,6 +247,12 @@ class LocalService:
             deadline=time.monotonic() + settings.request_seconds,
             num_drafts=self._num_drafts[entry.name],
         )
+
+
+def _completed(request: Request, job: Job) -> Request:
+    """The request with what it left open, for whoever else is to answer it under the same terms."""
+    limit = {} if request.limit else {"max_tokens": job.max_tokens}
+    return request.model_copy(update={"temperature": job.sampling.temperature, **limit})
 
 
 def _copy(job: Job, *, seed_offset: int, num_top: int | None) -> Job:

@@ -221,11 +221,13 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
         "search": dataclasses.asdict(recipe.search),
         "latency": recipe.sections.get("latency") if cell.section == "latency" else None,
     }
-    presets = {name: _preset(spec) for name, spec in methods.items() if spec.kind.startswith("shadow")}
+    presets = {name: _preset(spec, cell) for name, spec in methods.items() if spec.kind.startswith("shadow")}
     if presets:  # the recipe has a preset's name only; what the name stands for can change
         parts["presets"] = presets
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def _preset(spec: MethodSpec) -> dict[str, Any]:
-    return ShadowConfig.preset(spec.shadow.get("preset", "paper")).to_dict()
+def _preset(spec: MethodSpec, cell: Cell) -> dict[str, Any]:
+    """What the cell's preset stands for; a variant may have its own."""
+    name = dict(cell.overrides).get("preset", spec.shadow.get("preset", "paper"))
+    return ShadowConfig.preset(name).to_dict()
