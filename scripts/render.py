@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from tables import deployment, quality, speed
-from tables.common import ROOT
+from result_tables import deployment, quality, speed
+from result_tables.common import ROOT
 
 BLOCK = re.compile(r"(<!-- result: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TABLES: dict[str, Callable[[], str]] = {

@@ -29,6 +29,7 @@ def write_rows(folder, **splits):
 
 
 def test_the_study_trains_measures_records_and_does_nothing_twice(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     study, render = module_at(ROOT / "recipes" / "system_study.py"), module_at(ROOT / "scripts" / "render.py")
     write_rows(tmp_path / "data" / "clinc150", train=24, val=9, test=9, oos_val=2, oos_test=3)
     out = tmp_path / "results" / "system.json"
@@ -57,10 +58,35 @@ def test_the_study_trains_measures_records_and_does_nothing_twice(tmp_path, monk
     study.main()
     assert json.loads(out.read_text())["tasks"] == record["tasks"]
 
-    monkeypatch.setattr(render, "ROOT", tmp_path)
+    monkeypatch.setattr("result_tables.common.ROOT", tmp_path)
     lines = render.TABLES["system"]().splitlines()
     assert len(lines) == 2 + 4 and lines[2].startswith("| clinc150 | attached |")
     scores = render.TABLES["routers"]()
     assert scores.count("(the router's)") == 1 and "| clinc150 | oracle |" in scores
     probability = one["scored"]["scope_detection"]["attached maximum softmax probability"]
     assert f"| attached maximum softmax probability | - | - | {probability:.3f} |" in scores
+
+
+def test_the_study_of_lambda_scores_validation_rows_of_trainings_that_differ_in_it_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    study = module_at(ROOT / "recipes" / "lambda_study.py")
+    write_rows(tmp_path / "data" / "clinc150", train=24, val=9, test=9)
+    out = tmp_path / "lambda.json"
+    chosen = ["--tiny", "--tasks", "clinc150", "--weights", "0.5,8", "--data", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", ["lambda_study.py", *chosen, "--work", str(tmp_path / "work"), "--out", str(out)])
+    study.main()
+    cells = json.loads(out.read_text())["cells"]
+    assert [(cell["lambda"], cell["num_rows"]) for cell in cells] == [(0.5, 6), (8.0, 6)]
+    files = sorted((tmp_path / "work").glob("*/clinc150/shadow/adapter/shadow_config.json"))
+    kept = [json.loads(path.read_text())["shadow"] for path in files]
+    assert [config["auxiliary_loss_weight"] for config in kept] == [0.5, 8.0]
+    assert kept[0] | {"auxiliary_loss_weight": 8.0} == kept[1]
+    assert cells[0]["rows_revision"] == cells[1]["rows_revision"]
+
+    def again(*_, **__):
+        raise AssertionError("this training was there")
+
+    monkeypatch.setattr("system_study.train", again)
+    out.unlink()
+    study.main()
+    assert json.loads(out.read_text())["cells"] == cells

@@ -1,6 +1,6 @@
 """Tables of what is served, exported and supported."""
 
-from tables.common import percent, result, three_digits
+from result_tables.common import percent, result, three_digits
 
 
 def export_table() -> str:

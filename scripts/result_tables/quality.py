@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tables.common import ROOT, percent, result
+from result_tables.common import ROOT, percent, result
 
 TASK_RESULTS = ("home_commands", "trec", "clinc150")
 MODES = ("base", "attached", "detached")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tables.common import result
+from result_tables.common import result
 
 LABELS = {"answers": "answers", "all": "all positions"}
 
