@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import comparisons
@@ -17,6 +18,7 @@ from shadowpeft.evaluate.compare.plan import plan_cells
 from shadowpeft.evaluate.compare.results import read_result
 from shadowpeft.evaluate.compare.runner import pending_cells
 from shadowpeft.evaluate.compare.store import Store
+from shadowpeft.evaluate.compare.training import train_method
 from shadowpeft.evaluate.compare.worker import serve
 
 pytest.importorskip("peft", reason="peft is not installed (pip install peft==0.21.2)")
@@ -115,6 +117,17 @@ def test_the_report_shows_every_trial_and_marks_the_chosen_one(everything):
     for row in shown:  # only a shadow can be detached, and it is not what is chosen by
         assert (row["detached_loss"] is not None) == (row["method"] == "shadow")
     assert "## Search" in (everything[1] / "report.md").read_text()
+
+
+def test_a_setting_may_give_the_shadow_a_learning_rate_of_its_own(root, tmp_path):
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe()))
+    store = Store(recipe=recipe, output=tmp_path, data_root=root)
+    cell = next(cell for cell in plan_cells(recipe) if cell.section == "main" and cell.method == "shadow")
+    settings = [{"learning_rate": rate, "shadow_lr_multiplier": 0.0} for rate in (1e-2, 1e-3)]
+    one, other = (train_method(cell, store, setting, seed=0).model.network() for setting in settings)
+    for name, weight in one.backbone.state_dict().items():
+        assert weight.equal(other.backbone.state_dict()[name]), name
+    assert not all(map(torch.equal, one.parameters(), other.parameters()))
 
 
 def test_searches_can_be_run_alone(root, tmp_path):
