@@ -123,63 +123,42 @@ def compare_table(name: str, base: str) -> str:
     return "\n".join([*lines, "", f"{seeds} seeds, {rows[0]['rows']} test rows a task at most."])
 
 
-def variants(name: str, section: str) -> list[dict[str, Any]]:
-    """Rows of a section of a comparison; none where it was not run."""
-    return result(f"{name}/summary")["tables"][section]
-
-
-def transfer_table(name: str) -> str:
-    """What a model trained on one task scores on others, and on its own."""
-    rows = [row for row in variants(name, "transfer") if row["answer_loss"] is not None]
-    trained = list(dict.fromkeys(row["task"] for row in rows if row["method"] != "none"))
-    lines = ["| | trained on | scored on | score | answer loss | above LoRA |", "|---|---|---|---:|---:|---:|"]
-    for row in sorted(rows, key=lambda row: (row["task"], row["scored"])):
-        if row["task"] not in trained:
-            continue
-        gap = "-" if row["difference"] is None else above(row["difference"])
-        score = f"{percent(row['score']['value'])} | {row['answer_loss']:.3f}"
-        on = "-" if row["method"] == "none" else row["task"]
-        lines.append(f"| {NAMES.get(row['method'], row['method'])} | {on} | {row['scored']} | {score} | {gap} |")
-    return "\n".join(dict.fromkeys(lines))
-
-
-def ablation_table(name: str) -> str:
-    """One thing changed, for each task: the score and what it is above the unchanged method."""
-    rows = variants(name, "ablations")
-    tasks = list(dict.fromkeys(row["scored"] for row in rows))
-    heads = " | ".join(f"{task} | above unchanged" for task in tasks)
-    lines = [f"| | {heads} | seeds |", "|---|" + "---:|" * (2 * len(tasks) + 1)]
-    found = {(row["variant"], row["scored"]): row for row in rows}
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        cells = [found.get((variant, task)) for task in tasks]
-        shown = ["- | -" if one is None else f"{percent(one['score']['value'])} | {above(one['difference'])}" for one in cells]
-        seeds = min(len(one["seeds"]) for one in cells if one is not None)
-        lines.append(f"| {variant} | {' | '.join(shown)} | {seeds} |")
+def lambda_table() -> str:
+    """recipes/lambda_study.py: exact answers of validation rows after trainings of full length."""
+    lines = ["| task | steps | lambda | attached | 95% interval | detached | rows |", "|---|---:|---:|---:|---:|---:|---:|"]
+    for cell in result("lambda_study")["cells"]:
+        low, high = cell["attached"]["interval"]
+        attached, detached = (percent(cell[mode]["score"]) for mode in ("attached", "detached"))
+        shown = f"{attached} | {percent(low)} - {percent(high)} | {detached}"
+        lines.append(f"| {cell['task']} | {cell['steps']:,} | {cell['lambda']:g} | {shown} | {cell['num_rows']} |")
     return "\n".join(lines)
-
-
-def scaling_table(name: str) -> str:
-    """Scores over budgets; a column a method, with 95% intervals."""
-    rows = variants(name, "scaling")
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    lines = [f"| task | budget | {' | '.join(NAMES.get(each, each) for each in methods)} | seeds |",
-             "|---|---:|" + "---:|" * (len(methods) + 1)]  # fmt: skip
-    found = {(row["scored"], int(row["variant"]), row["method"]): row for row in rows}
-    for task, budget in sorted({(task, budget) for task, budget, _ in found}):
-        cells = [found.get((task, budget, method)) for method in methods]
-        seeds = min(len(one["seeds"]) for one in cells if one is not None)
-        lines.append(f"| {task} | {budget:,} | {' | '.join(map(with_bounds, cells))} | {seeds} |")
-    return "\n".join(lines)
-
-
-def with_bounds(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "-"
-    return f"{percent(row['score']['value'])} [{percent(row['score']['low'])}, {percent(row['score']['high'])}]"
 
 
 def above(difference: dict[str, float]) -> str:
     return f"{100 * difference['value']:+.1f} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
+
+
+def trials_table(name: str) -> str:
+    """Every trial of a search with whatever it sets, as answer losses on validation rows, attached / detached."""
+    rows = result(f"{name}/summary")["tables"]["search"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    found = {(row["method"], described(row["setting"]), row["task"]): row for row in rows}
+    lines = [f"| | setting | {' | '.join(tasks)} |", "|---|---|" + "---:|" * len(tasks)]
+    for method, setting in dict.fromkeys((method, setting) for method, setting, _ in found):
+        cells = [found.get((method, setting, task)) for task in tasks]
+        shown = ["-" if one is None else losses(one) for one in cells]
+        lines.append(f"| {NAMES.get(method, method)} | {setting} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def described(setting: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+
+
+def losses(trial: dict[str, Any]) -> str:
+    detached = "" if trial["detached_loss"] is None else f" / {trial['detached_loss']:.3f}"
+    text = f"{trial['loss']:.3f}{detached}"
+    return f"**{text}**" if trial["is_chosen"] else text
 
 
 def search_table(name: str) -> str:
@@ -189,8 +168,6 @@ def search_table(name: str) -> str:
     lines = [f"| | learning rate | {' | '.join(tasks)} |", "|---|---:|" + "---:|" * len(tasks)]
     found = {(row["method"], row["setting"]["learning_rate"], row["task"]): row for row in rows}
     for method, rate in dict.fromkeys((row["method"], row["setting"]["learning_rate"]) for row in rows):
-        trials = [found[method, rate, task] for task in tasks]
-        shown = [f"{trial['loss']:.3f} / {trial['detached_loss']:.3f}" for trial in trials]
-        shown = [f"**{text}**" if trial["is_chosen"] else text for text, trial in zip(shown, trials, strict=True)]
+        shown = [losses(found[method, rate, task]) for task in tasks]
         lines.append(f"| {method} | {rate:g} | {' | '.join(shown)} |")
     return "\n".join(lines)
