@@ -316,14 +316,33 @@ def test_a_client_that_leaves_frees_its_place(service, address, stream, name, mo
     assert value("cancelled_total") == before + 1 and value("batch_rows_count") == rows + 1
 
 
-def test_too_many_requests_are_refused_with_a_time_to_come_back():
-    crowded = local_service(max_batch=1, max_waiting=1)
+def test_too_many_requests_are_refused_with_a_time_to_come_back(monkeypatch):
+    crowded, asked, got = local_service(max_batch=1, max_waiting=1), {"model": "base", "prompt": "a"}, []
+    submitted = counted_submissions(monkeypatch)
     with running(create_app(crowded)) as url:
-        asked = {"model": "base", "prompt": ["a"] * 5}
-        answer = httpx.post(f"{url}/v1/completions", json=asked, timeout=30)
-        assert answer.status_code == 429 and answer.headers["retry-after"]
-        assert answer.json()["error"]["type"] == "rate_limit_error"
-        assert httpx.post(f"{url}/v1/completions", json={**asked, "prompt": "a"}, timeout=30).status_code == 200
+
+        def ask():
+            return httpx.post(f"{url}/v1/completions", json=asked, timeout=240)
+
+        with held_steps(monkeypatch) as let_go:
+            asking = [threading.Thread(target=lambda: got.append(ask().status_code)) for _ in range(2)]
+            asking[0].start()
+            wait_until(lambda: crowded.metrics.value("batch_rows_count") > 0)  # one is answered, and stands still
+            asking[1].start()
+            wait_until(lambda: len(submitted) == 2)  # one waits
+            answer = ask()
+            assert answer.status_code == 429 and answer.headers["retry-after"]
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+            let_go()
+            for thread in asking:
+                thread.join()
+        assert got == [200, 200] and ask().status_code == 200
+
+
+def test_a_request_that_may_never_wait_is_not_told_to_come_back():
+    with running(create_app(local_service(max_batch=1, max_waiting=4))) as url:
+        answer = httpx.post(f"{url}/v1/completions", json={"model": "base", "prompt": ["a"] * 5}, timeout=120)
+        assert answer.status_code == 400 and "at most 4" in answer.json()["error"]["message"]
 
 
 def test_an_answer_that_takes_too_long_is_a_gateway_timeout():
