@@ -23,8 +23,8 @@ MODES = ("attached", "detached")
 
 def measured(given: argparse.Namespace, task: str, weight: float) -> dict[str, Any]:
     """Exact answers of validation rows, after a training with ``weight``."""
-    own = argparse.Namespace(**{**vars(given), "work": given.work / f"lambda-{weight:g}"})
-    system_study.SHADOW = system_study.SHADOW.replace(auxiliary_loss_weight=weight)
+    shadow = system_study.SHADOW.replace(auxiliary_loss_weight=weight)
+    own = argparse.Namespace(**{**vars(given), "work": given.work / f"lambda-{weight:g}", "shadow": shadow})
     config = system_study.training(own, task)
     loaded = load_served([f"cloud={system_study.shadow_of(own, task)}"])
     assert isinstance(loaded.model, ShadowModel)
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every training [default: the system study's]")
     parser.add_argument("--tiny", action="store_true", help="two steps, a few rows: does it run?")
     given = parser.parse_args()
-    given.adapter, given.distillation = {}, 0.0
+    given.adapter = {}
     if given.tiny:
         given.steps, given.rows = 2, 6
     cells: list[dict[str, Any]] = []

@@ -84,7 +84,7 @@ def training(given: argparse.Namespace, task: str) -> TrainConfig:
     return TrainConfig(base="embedded", task=task, data=None if place is None else str(place), output=str(folder),
                        max_steps=given.steps or STEPS[task], resume=(folder / RUN_FILE).is_file(),
                        limit_train=64 if given.tiny else None, **SETTINGS,
-                       shadow=SHADOW.replace(distillation_weight=given.distillation))  # fmt: skip
+                       shadow=given.shadow)  # fmt: skip
 
 
 def shadow_of(given: argparse.Namespace, task: str) -> Path:
@@ -240,6 +240,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two steps, a few rows: does it run?")
     given = parser.parse_args()
     given.adapter, given.lora = folders(given.adapter), folders(given.lora)
+    given.shadow = SHADOW.replace(distillation_weight=given.distillation)
     if given.tiny:
         given.steps, given.calibration_rows, given.scored_rows, given.rows, given.out_of_scope_rows = 2, 8, 6, 4, 2
     tasks, trained = given.tasks.split(","), {}

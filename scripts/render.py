@@ -31,7 +31,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step-gpu": partial(speed.train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),
     "step-kernel": speed.step_kernel_table,
     "compare-embedded": partial(quality.compare_table, "compare_small", "embedded"),
-    "defaults-search": partial(quality.search_table, "defaults_search"),
+    "defaults-search": partial(quality.trials_table, "defaults_search"),
     "lambda-study": quality.lambda_table,
     "generation-search": partial(quality.trials_table, "generation_search"),
     "shadow-init": quality.shadow_init_table,

@@ -159,15 +159,3 @@ def losses(trial: dict[str, Any]) -> str:
     detached = "" if trial["detached_loss"] is None else f" / {trial['detached_loss']:.3f}"
     text = f"{trial['loss']:.3f}{detached}"
     return f"**{text}**" if trial["is_chosen"] else text
-
-
-def search_table(name: str) -> str:
-    """Every trial of a search as answer losses on validation rows, attached / detached; the chosen trial in bold."""
-    rows = result(f"{name}/summary")["tables"]["search"]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = [f"| | learning rate | {' | '.join(tasks)} |", "|---|---:|" + "---:|" * len(tasks)]
-    found = {(row["method"], row["setting"]["learning_rate"], row["task"]): row for row in rows}
-    for method, rate in dict.fromkeys((row["method"], row["setting"]["learning_rate"]) for row in rows):
-        shown = [losses(found[method, rate, task]) for task in tasks]
-        lines.append(f"| {method} | {rate:g} | {' | '.join(shown)} |")
-    return "\n".join(lines)

@@ -12,6 +12,7 @@ import httpx
 from shadowpeft.deploy.route.breaker import CircuitBreaker
 from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.protocol import ChatRequest, Request
+from shadowpeft.deploy.serve.text import holds_half_a_character
 from shadowpeft.errors import ConfigError, ShadowPeftError
 
 # The same request again would end the same way: it was refused, the key or address is wrong, or a well-formed answer is none
@@ -206,8 +207,8 @@ def _read(reply: httpx.Response, is_chat: bool, attempt: int) -> CloudAnswer:
 
 
 def _is_text(value: Any) -> bool:
-    """Whether a value is a text that can be passed on; half a surrogate pair, which JSON can hold, cannot."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+    """Whether a value is a text that can be passed on."""
+    return isinstance(value, str) and not holds_half_a_character(value)
 
 
 def _drafts(usage: dict[str, Any]) -> tuple[int | None, int | None]:

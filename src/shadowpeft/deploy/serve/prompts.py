@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.protocol import Message
+from shadowpeft.deploy.serve.text import holds_half_a_character
 from shadowpeft.train.data import token_ids, uses_chat
 from shadowpeft.train.tasks import Task
 
@@ -56,6 +57,6 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if holds_half_a_character(text):
         raise ApiError("the text holds half a surrogate pair, which is no character", code="invalid_value")
     return token_ids(tokenizer, text)

@@ -79,3 +79,8 @@ def held_back(text: str, stops: Sequence[str]) -> int:
         if any(stop.startswith(text[-size:]) for stop in stops if len(stop) > size):
             return size
     return 0
+
+
+def holds_half_a_character(text: str) -> bool:
+    """Whether a text holds half of a surrogate pair, as JSON can: no tokenizer takes it, and it cannot be sent."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
