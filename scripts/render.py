@@ -32,7 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-kernel": speed.step_kernel_table,
     "compare-embedded": partial(quality.compare_table, "compare_small", "embedded"),
     "defaults-search": partial(quality.trials_table, "defaults_search"),
-    "lambda-study": quality.lambda_table,
+    "preset-study": quality.preset_table,
     "generation-search": partial(quality.trials_table, "generation_search"),
     "shadow-init": quality.shadow_init_table,
     "shadow-text": quality.shadow_text_table,

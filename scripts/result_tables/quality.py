@@ -123,14 +123,14 @@ def compare_table(name: str, base: str) -> str:
     return "\n".join([*lines, "", f"{seeds} seeds, {rows[0]['rows']} test rows a task at most."])
 
 
-def lambda_table() -> str:
-    """recipes/lambda_study.py: exact answers of validation rows after trainings of full length."""
-    lines = ["| task | steps | lambda | attached | 95% interval | detached | rows |", "|---|---:|---:|---:|---:|---:|---:|"]
-    for cell in result("lambda_study")["cells"]:
+def preset_table() -> str:
+    """recipes/preset_study.py: exact answers of validation rows after trainings of full length."""
+    lines = ["| task | steps | changed | attached | 95% interval | detached | rows |", "|---|---:|---|---:|---:|---:|---:|"]
+    for cell in result("preset_study")["cells"]:
         low, high = cell["attached"]["interval"]
         attached, detached = (percent(cell[mode]["score"]) for mode in ("attached", "detached"))
         shown = f"{attached} | {percent(low)} - {percent(high)} | {detached}"
-        lines.append(f"| {cell['task']} | {cell['steps']:,} | {cell['lambda']:g} | {shown} | {cell['num_rows']} |")
+        lines.append(f"| {cell['task']} | {cell['steps']:,} | {described(cell['changes'])} | {shown} | {cell['num_rows']} |")
     return "\n".join(lines)
 
 

@@ -67,16 +67,16 @@ def test_the_study_trains_measures_records_and_does_nothing_twice(tmp_path, monk
     assert f"| attached maximum softmax probability | - | - | {probability:.3f} |" in scores
 
 
-def test_the_study_of_lambda_scores_validation_rows_of_trainings_that_differ_in_it_alone(tmp_path, monkeypatch):
+def test_the_study_of_a_preset_scores_validation_rows_of_trainings_that_differ_in_one_field(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    study = module_at(ROOT / "recipes" / "lambda_study.py")
+    study = module_at(ROOT / "recipes" / "preset_study.py")
     write_rows(tmp_path / "data" / "clinc150", train=24, val=9, test=9)
     out = tmp_path / "lambda.json"
-    chosen = ["--tiny", "--tasks", "clinc150", "--weights", "0.5,8", "--data", str(tmp_path / "data")]
-    monkeypatch.setattr(sys, "argv", ["lambda_study.py", *chosen, "--work", str(tmp_path / "work"), "--out", str(out)])
+    chosen = ["--tiny", "--tasks", "clinc150", "--change", "auxiliary_loss_weight=0.5", "auxiliary_loss_weight=8.0", "--data", str(tmp_path / "data")]
+    monkeypatch.setattr(sys, "argv", ["preset_study.py", *chosen, "--work", str(tmp_path / "work"), "--out", str(out)])
     study.main()
     cells = json.loads(out.read_text())["cells"]
-    assert [(cell["lambda"], cell["num_rows"]) for cell in cells] == [(0.5, 6), (8.0, 6)]
+    assert [(cell["changes"]["auxiliary_loss_weight"], cell["num_rows"]) for cell in cells] == [(0.5, 6), (8.0, 6)]
     files = sorted((tmp_path / "work").glob("*/clinc150/shadow/adapter/shadow_config.json"))
     kept = [json.loads(path.read_text())["shadow"] for path in files]
     assert [config["auxiliary_loss_weight"] for config in kept] == [0.5, 8.0]
