@@ -98,3 +98,4 @@ def test_every_method_tries_the_same_number_of_settings_and_only_the_shadow_an_a
     assert trials_of(MethodSpec(kind="none"), 4) == [{}]
     given = dataclasses.replace(MethodSpec(kind="lora"), trials=({"learning_rate": 1.0},))
     assert trials_of(given, 1) == [{"learning_rate": 1.0}]
+    assert trials_of(given, 1, [{"learning_rate": 2.0}]) == [{"learning_rate": 2.0}]  # a task's own

@@ -1,6 +1,7 @@
 """Whole comparisons on a tiny random base and generated data."""
 
 import gzip
+import dataclasses
 import io
 import json
 import os
@@ -236,6 +237,25 @@ def test_another_meaning_of_a_preset_makes_the_shadows_results_out_of_date_and_n
     assert {cell.id for cell in cells} == every_shadow
 
 
+def test_trials_of_one_task_make_the_results_of_their_method_there_out_of_date_and_no_others(everything):
+    recipe, output = read_recipe(everything[0]), everything[1]
+    trials = {"lora": [{"learning_rate": 0.1}] * recipe.search.trials}
+    tasks = {**recipe.tasks, "commands": dataclasses.replace(recipe.tasks["commands"], trials=trials)}
+    changed = dataclasses.replace(recipe, tasks=tasks)
+    pending = {cell.id for cell in pending_cells(changed, output, retry_failed=False)}
+    assert pending == {cell.id for cell in plan_cells(recipe) if cell.task == "commands" and cell.method in ("lora", "all")}
+
+
+def test_a_search_tries_what_a_task_gives_for_its_method(root, tmp_path):
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["commands"], "methods": ["lora"]})
+    given = [{"learning_rate": 0.25 + number} for number in range(values["search"]["trials"])]
+    values["tasks"]["commands"] |= {"trials": {"lora": given}}
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    compare(recipe, Console(quiet=True), output=tmp_path / "out", data_root=root)
+    found = read_result(tmp_path / "out", "search--tiny--commands--lora")
+    assert [trial["setting"] for trial in found["trials"]] == given
+
+
 def test_a_crashed_cell_is_on_record_blocks_only_what_needs_it_and_is_retried_on_demand(root, tmp_path):
     values = comparisons.small_recipe(seeds=[0], main={"tasks": ["orders", "commands"], "methods": ["none", "lora"]})
     values["search"] = {"trials": 1, "share": 0.5, "limit_validation": 4, "criterion": "loss"}
@@ -310,6 +330,8 @@ def test_hours_follow_from_measured_step_times(root, tmp_path):
         ({"main": {"tasks": ["nothing"]}}, "unknown task 'nothing'"),
         ({"main": {"task": ["classes"]}}, "did you mean 'tasks'"),
         ({"methods": {"lora": {"trials": [{"learning_rate": 0.1}]}, "shadow": {}}}, "same number"),
+        ({"tasks": {"trec": {"trials": {"lora": [{"learning_rate": 0.1}]}}}}, "'lora' on task 'trec' has 1 trials"),
+        ({"tasks": {"trec": {"trials": {"ia3": []}}}}, "unknown method 'ia3'"),
         ({"methods": {"lora": {}, "shadow": {}, "shadow-pretrained": {}}}, "shadow_model"),
         ({"bases": {"a--b": {"path": "base"}}}, "cannot name an entry"),
     ],

@@ -64,7 +64,8 @@ def search(cell: Cell, store: Store) -> Payload:
     spec, task = store.recipe.search, store.task(cell.task)
     rows = store.rows(cell.task, "validation", spec.limit_validation)
     trials = []
-    for setting in trials_of(store.method(cell.method, cell.base), spec.trials):
+    given = store.recipe.tasks[cell.task].trials.get(cell.method, ())
+    for setting in trials_of(store.method(cell.method, cell.base), spec.trials, given):
         fitted = train_method(cell, store, setting, seed=spec.seed, share=spec.share)
         loss = answer_loss(fitted.model, fitted.tokenizer, task, rows, **loss_options(fitted))
         metric = None

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ RANGES: dict[str, dict[str, tuple[float, float]]] = {
 _STEP = 0.6180339887  # golden ratio: every prefix of its multiples is spread evenly
 
 
-def trials_of(method: MethodSpec, count: int) -> list[dict[str, float]]:
-    """The settings to try: the recipe's, else ``count`` points spread over the method's ranges.
+def trials_of(method: MethodSpec, count: int, given: Sequence[dict[str, float]] = ()) -> list[dict[str, float]]:
+    """The settings to try: those ``given`` for a task, else the method's in the recipe, else ``count`` points spread over the method's ranges.
 
     One setting is covered in even steps; a second one takes golden-ratio steps beside it.
     """
-    if method.trials:
-        return [dict(trial) for trial in method.trials]
+    if given or method.trials:
+        return [dict(trial) for trial in given or method.trials]
     trials = []
     for index in range(count):
         places = [(index + 0.5) / count, (0.5 + index * _STEP) % 1]

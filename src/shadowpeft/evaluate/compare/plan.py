@@ -9,7 +9,7 @@ from typing import Any
 
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.compare.recipe import ADAPTERS, MethodSpec, Recipe
+from shadowpeft.evaluate.compare.recipe import ADAPTERS, MethodSpec, Recipe, TaskSpec
 from shadowpeft.train.tasks import TASKS
 
 UNTRAINED = ("none",)
@@ -214,17 +214,25 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
         "cell": dataclasses.asdict(cell),
         "train": recipe.train,
         "base": dataclasses.asdict(base),
-        "tasks": {name: dataclasses.asdict(recipe.tasks[name]) for name in {cell.task, *cell.score_on}},
+        "tasks": {name: _without_trials(recipe.tasks[name]) for name in {cell.task, *cell.score_on}},
         "methods": {name: dataclasses.asdict(spec) for name, spec in methods.items()},
         "reference": dataclasses.asdict(recipe.methods[recipe.reference]),
         "tolerance": recipe.tolerance,
         "search": dataclasses.asdict(recipe.search),
         "latency": recipe.sections.get("latency") if cell.section == "latency" else None,
     }
+    trials = {name: recipe.tasks[cell.task].trials[name] for name in methods if name in recipe.tasks[cell.task].trials}
+    if trials:
+        parts["trials"] = trials
     presets = {name: _preset(spec, cell) for name, spec in methods.items() if spec.kind.startswith("shadow")}
     if presets:  # the recipe has a preset's name only; what the name stands for can change
         parts["presets"] = presets
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _without_trials(task: TaskSpec) -> dict[str, Any]:
+    """Another method's trials do not touch a cell, nor do those of a task that is only scored."""
+    return {name: value for name, value in dataclasses.asdict(task).items() if name != "trials"}
 
 
 def _preset(spec: MethodSpec, cell: Cell) -> dict[str, Any]:

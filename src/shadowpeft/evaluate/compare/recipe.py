@@ -1,5 +1,6 @@
 """What a comparison consists of, as one YAML file."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ class TaskSpec:
         data: folder or file below the data root; None: the hub.
         score_on: entries scored after training; default: this one.
         train: fields of ``TrainConfig`` for this task (``limit_train`` and ``limit_eval`` among them).
+        trials: method -> settings to try here instead of the method's own, for tasks whose best settings lie elsewhere.
         num_labels, num_rows, mean_tokens: what ``--plan`` assumes without reading the data.
     """
 
@@ -53,6 +55,7 @@ class TaskSpec:
     data: str | None = None
     score_on: tuple[str, ...] = ()
     train: dict[str, Any] = field(default_factory=dict)
+    trials: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     num_labels: int | None = None
     num_rows: int | None = None
     mean_tokens: int | None = None
@@ -180,6 +183,9 @@ def _check(recipe: Recipe) -> None:
         if task.task not in TASKS:
             raise ConfigError(f"task {name!r}: unknown task {task.task!r}; choose one of {', '.join(sorted(TASKS))}")
         known(recipe.tasks, task.score_on, "task")
+        known(recipe.methods, task.trials, "method")
+        for method, trials in task.trials.items():
+            _check_trials(recipe, f"method {method!r} on task {name!r}", trials)
     for name in (*recipe.bases, *recipe.tasks, *recipe.methods):
         if "--" in name or "/" in name:
             raise ConfigError(f"{name!r} cannot name an entry: names become file names; leave out '--' and '/'")
@@ -199,10 +205,14 @@ def _check_method(recipe: Recipe, name: str, method: MethodSpec) -> None:
         raise ConfigError(f"method {name!r}: budget={method.budget!r} is not valid; choose 'equal' or 'own'")
     if method.kind == "shadow-pretrained" and "shadow_model" not in method.shadow:
         raise ConfigError(f"method {name!r}: set shadow: {{shadow_model: folder or hub name}} to say which shadow")
-    if method.trials and len(method.trials) != recipe.search.trials:
+    if method.trials:
+        _check_trials(recipe, f"method {name!r}", method.trials)
+
+
+def _check_trials(recipe: Recipe, what: str, trials: Sequence[dict[str, float]]) -> None:
+    if len(trials) != recipe.search.trials:
         raise ConfigError(
-            f"method {name!r} has {len(method.trials)} trials, but search.trials is {recipe.search.trials}: every "
-            "method gets the same number"
+            f"{what} has {len(trials)} trials, but search.trials is {recipe.search.trials}: every method gets the same number"
         )
 
 
