@@ -1,7 +1,7 @@
 """Whole comparisons on a tiny random base and generated data."""
 
-import gzip
 import dataclasses
+import gzip
 import io
 import json
 import os

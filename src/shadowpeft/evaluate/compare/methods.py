@@ -29,7 +29,8 @@ _STEP = 0.6180339887  # golden ratio: every prefix of its multiples is spread ev
 
 
 def trials_of(method: MethodSpec, count: int, given: Sequence[dict[str, float]] = ()) -> list[dict[str, float]]:
-    """The settings to try: those ``given`` for a task, else the method's in the recipe, else ``count`` points spread over the method's ranges.
+    """The settings to try: those ``given`` for a task, else the method's own in the recipe, else ``count`` points spread over
+    the method's ranges.
 
     One setting is covered in even steps; a second one takes golden-ratio steps beside it.
     """
