@@ -101,26 +101,79 @@ def shadow_text_table() -> str:
 
 
 def compare_table(name: str, base: str) -> str:
-    """Scores of a comparison's main table, then what they are above LoRA, with 95% intervals; means over seeds."""
+    """A comparison's main table, a line a task: scores, then what they are above LoRA's, with 95% intervals; means over seeds."""
     rows = [row for row in result(f"{name}/summary")["tables"]["main"] if row["base"] == base]
     # Of a task that is still under way there may be the untouched base alone.
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None and row["method"] == "lora"))
     metrics = {row["task"]: row["metric"] for row in rows if row["task"] is not None}
-    heads = [f"{task}, {metrics[task]}" for task in tasks]
-    lines = [f"| | {' | '.join(heads)} | mean of tasks |", "|---|" + "---:|" * (len(tasks) + 1)]
     cells = {(row["method"], row["task"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    for method in methods:
-        found = [cells.get((method, task)) for task in [*tasks, None]]
-        shown = ["-" if row is None else percent(row["score"]["value"]) for row in found]
-        lines.append(f"| {NAMES.get(method, method)} | {' | '.join(shown)} |")
-    for method in [each for each in methods if each not in ("none", "lora")]:
-        found = [cells.get((method, task)) for task in [*tasks, None]]
-        shown = ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in found]
-        lines.append(f"| {NAMES.get(method, method)}, above LoRA | {' | '.join(shown)} |")
+    others = [method for method in methods if method not in ("none", "lora")]
+    heads = [NAMES.get(method, method) for method in methods] + [f"{NAMES.get(method, method)}, above LoRA" for method in others]
+    lines = [f"| task | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for task in [*tasks, None]:
+        scores = [cells.get((method, task)) for method in methods]
+        shown = ["-" if row is None else percent(row["score"]["value"]) for row in scores]
+        gaps = [cells.get((method, task)) for method in others]
+        shown += ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in gaps]
+        label = "**mean of tasks**" if task is None else f"{task}, {metrics[task]}"
+        lines.append(f"| {label} | {' | '.join(shown)} |")
     counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
     seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return "\n".join([*lines, "", f"{seeds} seeds, {rows[0]['rows']} test rows a task at most."])
+    return "\n".join([*lines, "", f"{seeds} seeds, {max(row['rows'] for row in rows if row['task'])} test rows a task at most."])
+
+
+def transfer_table(name: str, base: str) -> str:
+    """A line for what was trained on, a column for what was scored: score and, in nats a token, the right answer's loss."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["transfer"] if row["base"] == base]
+    scored = list(dict.fromkeys(row["scored"] for row in rows))
+    metrics = {row["scored"]: row["metric"] for row in rows}
+    found = {(row["task"], row["method"], row["scored"]): row for row in rows}
+    lines = [f"| trained on | method | {' | '.join(f'{task}, {metrics[task]}' for task in scored)} |", "|---|---|" + "---:|" * len(scored)]
+    untouched = [next((row for row in rows if row["method"] == "none" and row["scored"] == task), None) for task in scored]
+    lines.append(f"| nothing | {NAMES['none']} | {' | '.join(map(score_and_loss, untouched))} |")
+    for task, method in dict.fromkeys((row["task"], row["method"]) for row in rows if row["method"] != "none"):
+        cells = " | ".join(score_and_loss(found.get((task, method, each))) for each in scored)
+        lines.append(f"| {task} | {NAMES.get(method, method)} | {cells} |")
+    return "\n".join(lines)
+
+
+def score_and_loss(row: dict[str, Any] | None) -> str:
+    return "-" if row is None else f"{percent(row['score']['value'])} ({row['answer_loss']:.2f})"
+
+
+def ablations_table(name: str, base: str) -> str:
+    """A line for what was changed, a column a task: the score, and what it is above the unchanged method's."""
+    tables = result(f"{name}/summary")["tables"]
+    rows = [row for row in tables["ablations"] if row["base"] == base]
+    tasks = list(dict.fromkeys(row["scored"] for row in rows))
+    found = {(row["variant"], row["scored"]): row for row in rows}
+    own = {row["task"]: row for row in tables["main"] if row["base"] == base and row["method"] == "shadow"}
+    lines = [f"| changed | trained weights | {' | '.join(tasks)} |", "|---|---:|" + "---:|" * len(tasks)]
+    lines.append(f"| nothing | | {' | '.join(percent(own[task]['score']['value']) for task in tasks)} |")
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [found.get((variant, task)) for task in tasks]
+        shown = ["-" if row is None else f"{percent(row['score']['value'])}, {above(row['difference'])}" for row in cells]
+        weights = next(f"{row['trainable']:,}" for row in cells if row is not None)
+        lines.append(f"| {variant} | {weights} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def scaling_table(name: str, base: str) -> str:
+    """Scores of each method at each budget, a line a task and method; 95% intervals."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["scaling"] if row["base"] == base]
+    budgets = sorted({int(row["variant"]) for row in rows})
+    found = {(row["scored"], row["method"], int(row["variant"])): row for row in rows}
+    lines = [f"| task | method | {' | '.join(f'{budget:,}' for budget in budgets)} |", "|---|---|" + "---:|" * len(budgets)]
+    for task, method in dict.fromkeys((row["scored"], row["method"]) for row in rows):
+        cells = [found.get((task, method, budget)) for budget in budgets]
+        shown = ["-" if row is None else with_range(row["score"]) for row in cells]
+        lines.append(f"| {task} | {NAMES.get(method, method)} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def with_range(score: dict[str, float]) -> str:
+    return f"{percent(score['value'])} [{percent(score['low'])}, {percent(score['high'])}]"
 
 
 def preset_table() -> str:
