@@ -101,7 +101,7 @@ def shadow_text_table() -> str:
 
 
 def compare_table(name: str, base: str) -> str:
-    """A comparison's main table, a line a task: scores, then what they are above LoRA's, with 95% intervals; means over seeds."""
+    """A comparison's main table, a line a task: scores and what they are above LoRA's; means over seeds."""
     rows = [row for row in result(f"{name}/summary")["tables"]["main"] if row["base"] == base]
     # Of a task that is still under way there may be the untouched base alone.
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None and row["method"] == "lora"))
@@ -109,7 +109,8 @@ def compare_table(name: str, base: str) -> str:
     cells = {(row["method"], row["task"]): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
     others = [method for method in methods if method not in ("none", "lora")]
-    heads = [NAMES.get(method, method) for method in methods] + [f"{NAMES.get(method, method)}, above LoRA" for method in others]
+    heads = [NAMES.get(method, method) for method in methods]
+    heads += [f"{NAMES.get(method, method)}, above LoRA" for method in others]
     lines = [f"| task | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for task in [*tasks, None]:
         scores = [cells.get((method, task)) for method in methods]
@@ -120,7 +121,8 @@ def compare_table(name: str, base: str) -> str:
         lines.append(f"| {label} | {' | '.join(shown)} |")
     counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
     seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    return "\n".join([*lines, "", f"{seeds} seeds, {max(row['rows'] for row in rows if row['task'])} test rows a task at most."])
+    most = max(row["rows"] for row in rows if row["task"] is not None)
+    return "\n".join([*lines, "", f"{seeds} seeds, {most} test rows a task at most; in brackets 95% intervals."])
 
 
 def transfer_table(name: str, base: str) -> str:
@@ -129,7 +131,8 @@ def transfer_table(name: str, base: str) -> str:
     scored = list(dict.fromkeys(row["scored"] for row in rows))
     metrics = {row["scored"]: row["metric"] for row in rows}
     found = {(row["task"], row["method"], row["scored"]): row for row in rows}
-    lines = [f"| trained on | method | {' | '.join(f'{task}, {metrics[task]}' for task in scored)} |", "|---|---|" + "---:|" * len(scored)]
+    heads = " | ".join(f"{task}, {metrics[task]}" for task in scored)
+    lines = [f"| trained on | method | {heads} |", "|---|---|" + "---:|" * len(scored)]
     untouched = [next((row for row in rows if row["method"] == "none" and row["scored"] == task), None) for task in scored]
     lines.append(f"| nothing | {NAMES['none']} | {' | '.join(map(score_and_loss, untouched))} |")
     for task, method in dict.fromkeys((row["task"], row["method"]) for row in rows if row["method"] != "none"):

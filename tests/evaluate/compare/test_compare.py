@@ -15,10 +15,12 @@ import comparisons
 from shadowpeft.core.config import PRESETS
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import compare, read_recipe
+from shadowpeft.evaluate.compare.gather import gather
 from shadowpeft.evaluate.compare.plan import plan_cells
 from shadowpeft.evaluate.compare.results import read_result
 from shadowpeft.evaluate.compare.runner import pending_cells
 from shadowpeft.evaluate.compare.store import Store
+from shadowpeft.evaluate.compare.tables import main_table, variant_table
 from shadowpeft.evaluate.compare.training import train_method
 from shadowpeft.evaluate.compare.worker import serve
 
@@ -244,6 +246,21 @@ def test_trials_of_one_task_make_the_results_of_their_method_there_out_of_date_a
     changed = dataclasses.replace(recipe, tasks=tasks)
     pending = {cell.id for cell in pending_cells(changed, output, retry_failed=False)}
     assert pending == {cell.id for cell in plan_cells(recipe) if cell.task == "commands" and cell.method in ("lora", "all")}
+
+
+def test_scaling_takes_the_budget_of_the_main_table_from_there(everything):
+    """The same recipe with the base's own budget among those of scaling needs no more cells, and shows what main shows."""
+    recipe, output = read_recipe(everything[0]), everything[1]
+    own = recipe.bases["tiny"].parameters
+    settings = {**recipe.sections["scaling"], "tasks": ["classes"], "budgets": [own], "seeds": recipe.seeds}
+    changed = dataclasses.replace(recipe, sections={**recipe.sections, "scaling": settings})
+    assert not [cell for cell in plan_cells(changed) if cell.section == "scaling"]
+    gathered = gather(changed, output)
+    shown, main = variant_table(gathered, "scaling"), main_table(gathered)
+    assert [entry["method"] for entry in shown] == settings["methods"]
+    for entry in shown:
+        same = next(each for each in main if (each["method"], each["task"]) == (entry["method"], entry["task"]))
+        assert (entry["score"], entry["variant"]) == (same["score"], str(own))
 
 
 def test_a_search_tries_what_a_task_gives_for_its_method(root, tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from shadowpeft.evaluate.compare.plan import Cell, fingerprint, plan_cells
+from shadowpeft.evaluate.compare.plan import Cell, fingerprint, is_same_training, plan_cells, scaling_cells
 from shadowpeft.evaluate.compare.recipe import Recipe
 from shadowpeft.evaluate.compare.results import as_numbers, read_result
 from shadowpeft.evaluate.compare.statistics import Sample, mean_of_rows, row_by_row
@@ -39,11 +39,13 @@ class Gathered:
     failed: list[tuple[Cell, Entry]] = field(default_factory=list)
     missing: list[Cell] = field(default_factory=list)
     scores: dict[Key, dict[int, Entry]] = field(default_factory=lambda: defaultdict(dict))
+    trained: dict[Key, int] = field(default_factory=dict)
 
 
 def gather(recipe: Recipe, output: Path) -> Gathered:
     """Reads every planned cell. Results of other settings count as missing, failed ones are kept apart."""
     gathered = Gathered(recipe=recipe)
+    scaling = scaling_cells(recipe)
     for cell in plan_cells(recipe):
         result = read_result(output, cell.id)
         if result is None or result["fingerprint"] != fingerprint(recipe, cell):
@@ -52,13 +54,16 @@ def gather(recipe: Recipe, output: Path) -> Gathered:
             gathered.failed.append((cell, result))
         else:
             gathered.results.append((cell, result))
-            _add_scores(gathered, cell, result)
+            for each in (cell, *(variant for variant in scaling if is_same_training(recipe, cell, variant))):
+                _add_scores(gathered, each, result)
     return gathered
 
 
 def _add_scores(gathered: Gathered, cell: Cell, result: Entry) -> None:
     section = "main" if cell.section == "transfer" else cell.section
-    for suffix, scores in (("", result.get("scores", {})), (DETACHED, result.get("detached", {}))):
+    # Of scaling, the attached model alone: that is what its other budgets have.
+    detached = {} if section == "scaling" else result.get("detached", {})
+    for suffix, scores in (("", result.get("scores", {})), (DETACHED, detached)):
         for name, score in scores.items():
             key = Key(
                 section=section,
@@ -69,6 +74,7 @@ def _add_scores(gathered: Gathered, cell: Cell, result: Entry) -> None:
                 scored=name,
             )
             gathered.scores[key][cell.seed] = score
+            gathered.trained[key] = result["trainable"]
 
 
 # ---------------------------------------------------------------- samples

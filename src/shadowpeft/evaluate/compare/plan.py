@@ -54,15 +54,23 @@ def plan_cells(recipe: Recipe) -> list[Cell]:
     Raises:
         ConfigError: a section that the recipe's entries cannot serve.
     """
+    main, scaling = _main(recipe), scaling_cells(recipe)
+    there = {variant.id for cell in main for variant in scaling if is_same_training(recipe, cell, variant)}
     cells = [
-        *_main(recipe),
-        *_scaling(recipe),
+        *main,
+        *(cell for cell in scaling if cell.id not in there),
         *_ablations(recipe),
         *_latency(recipe),
     ]
     rank = {name: index for index, name in enumerate(("main", "transfer", "ablations", "scaling", "latency"))}
     ordered = sorted(cells, key=lambda cell: (rank[cell.section], cell.seed))
     return _with_searches(ordered)
+
+
+def is_same_training(recipe: Recipe, cell: Cell, variant: Cell) -> bool:
+    """Whether a cell of the main table trains what a scaling cell would: the same, at the base's own budget."""
+    of_cell, of_variant = ((one.base, one.task, one.method, one.seed) for one in (cell, variant))
+    return cell.section == "main" and of_cell == of_variant and variant.parameters == recipe.bases[cell.base].parameters
 
 
 def _main(recipe: Recipe) -> list[Cell]:
@@ -107,7 +115,8 @@ def _check_transfer(recipe: Recipe, tasks: Iterable[str]) -> None:
             )
 
 
-def _scaling(recipe: Recipe) -> list[Cell]:
+def scaling_cells(recipe: Recipe) -> list[Cell]:
+    """All cells of the section, those included that the main table trains."""
     settings = recipe.sections.get("scaling")
     if settings is None:
         return []

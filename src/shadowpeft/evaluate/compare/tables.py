@@ -77,8 +77,6 @@ def transfer_table(gathered: Gathered) -> list[Entry]:
 
 def variant_table(gathered: Gathered, section: str) -> list[Entry]:
     """Scaling or ablations: each variant's score; for ablations the paired difference to the unchanged method."""
-    trained = {(cell.base, cell.task, cell.method, cell.variant): result["trainable"]
-               for cell, result in gathered.results if cell.section == section}  # fmt: skip
     table = []
     for key, scores in gathered.scores.items():
         if key.section != section:
@@ -87,7 +85,7 @@ def variant_table(gathered: Gathered, section: str) -> list[Entry]:
         pair = paired(gathered, key, unchanged) if section == "ablations" else None
         found = estimate(sample_of(gathered.recipe, scores, key.scored, sorted(scores)))
         entry = _entry(key, found, difference(*pair) if pair else None, scores)
-        table.append(entry | {"trainable": trained[key.base, key.task, key.method, key.variant]})
+        table.append(entry | {"trainable": gathered.trained[key]})
     return table
 
 
