@@ -1,6 +1,6 @@
 """What a preset's values do in trainings of full length: `python recipes/preset_study.py --data DIR`.
 
-The system study's trainings with one thing changed at a time, scored attached and detached on validation rows; test rows are
+The system study's trainings with other values in the preset, scored attached and detached on validation rows; test rows are
 never read. A training that is there is not run again, so the study can be stopped and continued; `--out` keeps what it holds.
 """
 
@@ -19,7 +19,11 @@ from shadowpeft.evaluate.record import data_revision, write_record
 from shadowpeft.model import ShadowModel
 from shadowpeft.train.tasks import TASKS
 
-CHANGES = tuple(f"auxiliary_loss_weight={weight}" for weight in (0.5, 2.0, 8.0, 32.0))
+# (lambda, alpha): first the weight of the shadow's own loss was searched, then that of the correction.
+CHANGES = tuple(
+    {"auxiliary_loss_weight": weight, "shadow_alpha": alpha}
+    for weight, alpha in ((0.5, 1.0), (2.0, 1.0), (8.0, 1.0), (32.0, 1.0), (8.0, 4.0))
+)
 MODES = ("attached", "detached")
 
 
@@ -46,8 +50,8 @@ def measured(given: argparse.Namespace, task: str, changes: dict[str, Any]) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with a folder for each task; default: the hub")
-    parser.add_argument("--tasks", default="robot,clinc150")
-    parser.add_argument("--change", type=changed, nargs="+", default=list(map(changed, CHANGES)), metavar="FIELD=VALUE")
+    parser.add_argument("--tasks", default="robot,clinc150,home_commands")
+    parser.add_argument("--change", type=changed, nargs="+", default=list(CHANGES), metavar="FIELD=VALUE")
     parser.add_argument("--work", type=Path, default=Path("runs/preset_study"))
     parser.add_argument("--out", type=Path, default=Path("results/preset_study.json"))
     parser.add_argument("--rows", type=int, default=500, help="validation rows at most")
