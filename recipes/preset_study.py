@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
 import system_study
@@ -28,8 +27,8 @@ MODES = ("attached", "detached")
 
 
 def changed(text: str) -> dict[str, Any]:
-    """``{"r": 8}`` of ``r=8``; several are joined by commas."""
-    return {name.strip(): yaml.safe_load(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    """``{"shadow_alpha": 4.0}`` of ``shadow_alpha=4``; several are joined by commas. Values are numbers."""
+    return {name.strip(): float(value) for name, _, value in (part.partition("=") for part in text.split(","))}
 
 
 def measured(given: argparse.Namespace, task: str, changes: dict[str, Any]) -> dict[str, Any]:
@@ -60,13 +59,12 @@ def main() -> None:
     given = parser.parse_args()
     given.adapter = {}
     if given.tiny:
-        given.steps, given.rows = 2, 6
+        given.steps, given.rows, given.out = 2, 6, given.work / "tiny.json"
     cells = json.loads(given.out.read_text(encoding="utf-8"))["cells"] if given.out.is_file() else []
-    done = {(cell["task"], str(cell["changes"])) for cell in cells}
     for task in given.tasks.split(","):
-        for changes in given.change:
-            if (task, str(changes)) in done:
-                continue
+        steps = given.steps or system_study.STEPS[task]
+        done = [cell["changes"] for cell in cells if (cell["task"], cell["steps"]) == (task, steps)]
+        for changes in [each for each in given.change if each not in done]:
             cells.append(measured(given, task, changes))
             write_record(given.out, {"cells": cells})
             Console().print(cells[-1], markup=False, soft_wrap=True)

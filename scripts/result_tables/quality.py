@@ -106,23 +106,30 @@ def compare_table(name: str, base: str) -> str:
     # Of a task that is still under way there may be the untouched base alone.
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None and row["method"] == "lora"))
     metrics = {row["task"]: row["metric"] for row in rows if row["task"] is not None}
-    cells = {(row["method"], row["task"]): row for row in rows}
+    means = list(dict.fromkeys(heading_of(row) for row in rows if row["task"] is None))
+    cells = {(row["method"], heading_of(row)): row for row in rows}
     methods = list(dict.fromkeys(row["method"] for row in rows))
     others = [method for method in methods if method not in ("none", "lora")]
     heads = [NAMES.get(method, method) for method in methods]
     heads += [f"{NAMES.get(method, method)}, above LoRA" for method in others]
     lines = [f"| task | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
-    for task in [*tasks, None]:
+    for task in [*tasks, *means]:
         scores = [cells.get((method, task)) for method in methods]
+        if task in means:  # only of the tasks that all have
+            largest = max(row["num_tasks"] for row in scores if row is not None)
+            scores = [row if row is not None and row["num_tasks"] == largest else None for row in scores]
         shown = ["-" if row is None else percent(row["score"]["value"]) for row in scores]
-        gaps = [cells.get((method, task)) for method in others]
+        gaps = [row for method, row in zip(methods, scores, strict=True) if method in others]
         shown += ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in gaps]
-        label = "**mean of tasks**" if task is None else f"{task}, {metrics[task]}"
-        lines.append(f"| {label} | {' | '.join(shown)} |")
+        lines.append(f"| {task if task in means else f'{task}, {metrics[task]}'} | {' | '.join(shown)} |")
     counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
     seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     most = max(row["rows"] for row in rows if row["task"] is not None)
     return "\n".join([*lines, "", f"{seeds} seeds, {most} test rows a task at most; in brackets 95% intervals."])
+
+
+def heading_of(row: dict[str, Any]) -> str:
+    return row["task"] or f"**mean of {row['mean_of']}**"
 
 
 def transfer_table(name: str, base: str) -> str:
@@ -151,15 +158,19 @@ def ablations_table(name: str, base: str) -> str:
     rows = [row for row in tables["ablations"] if row["base"] == base]
     tasks = list(dict.fromkeys(row["scored"] for row in rows))
     found = {(row["variant"], row["scored"]): row for row in rows}
-    own = {row["task"]: row for row in tables["main"] if row["base"] == base and row["method"] == "shadow"}
+    own = {row["task"]: row["score"]["value"] for row in tables["main"] if row["base"] == base and row["method"] == "shadow"}
     lines = [f"| changed | trained weights | {' | '.join(tasks)} |", "|---|---:|" + "---:|" * len(tasks)]
-    lines.append(f"| nothing | | {' | '.join(percent(own[task]['score']['value']) for task in tasks)} |")
+    lines.append(f"| nothing | | {' | '.join(percent(own.get(task)) for task in tasks)} |")
     for variant in dict.fromkeys(row["variant"] for row in rows):
         cells = [found.get((variant, task)) for task in tasks]
-        shown = ["-" if row is None else f"{percent(row['score']['value'])}, {above(row['difference'])}" for row in cells]
+        shown = ["-" if row is None or row["difference"] is None else score_and_gap(row) for row in cells]
         weights = next(f"{row['trainable']:,}" for row in cells if row is not None)
         lines.append(f"| {variant} | {weights} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def score_and_gap(row: dict[str, Any]) -> str:
+    return f"{percent(row['score']['value'])}, {above(row['difference'])}"
 
 
 def scaling_table(name: str, base: str) -> str:

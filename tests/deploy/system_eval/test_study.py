@@ -71,10 +71,10 @@ def test_the_study_of_a_preset_scores_validation_rows_of_trainings_that_differ_i
     monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     study = module_at(ROOT / "recipes" / "preset_study.py")
     write_rows(tmp_path / "data" / "clinc150", train=24, val=9, test=9)
-    out = tmp_path / "lambda.json"
+    out = tmp_path / "work" / "tiny.json"
     chosen = ["--tiny", "--tasks", "clinc150", "--change", "auxiliary_loss_weight=0.5", "auxiliary_loss_weight=8.0"]
     chosen += ["--data", str(tmp_path / "data")]
-    monkeypatch.setattr(sys, "argv", ["preset_study.py", *chosen, "--work", str(tmp_path / "work"), "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", ["preset_study.py", *chosen, "--work", str(tmp_path / "work")])
     study.main()
     cells = json.loads(out.read_text())["cells"]
     assert [(cell["changes"]["auxiliary_loss_weight"], cell["num_rows"]) for cell in cells] == [(0.5, 6), (8.0, 6)]

@@ -16,7 +16,7 @@ from shadowpeft.core.config import PRESETS
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import compare, read_recipe
 from shadowpeft.evaluate.compare.gather import gather
-from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.plan import cells_of, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.results import read_result
 from shadowpeft.evaluate.compare.runner import pending_cells
 from shadowpeft.evaluate.compare.store import Store
@@ -232,11 +232,24 @@ def test_another_meaning_of_a_preset_makes_the_shadows_results_out_of_date_and_n
     monkeypatch.setitem(PRESETS, preset, {**PRESETS[preset], "auxiliary_loss_weight": 7.0})
     cells = pending_cells(recipe, output, retry_failed=False)
     assert {cell.method for cell in cells} == {"shadow", "all"}
-    # A variant with a preset of its own has nothing to do with this one.
-    own = {cell.id for cell in plan_cells(recipe) if dict(cell.overrides).get("preset", preset) != preset}
-    every_shadow = {cell.id for cell in plan_cells(recipe) if cell.method in ("shadow", "all")} - own
-    assert own
-    assert {cell.id for cell in cells} == every_shadow
+    # Variants with a preset of their own too: their sizes and learning rate are found with the method's.
+    assert {cell.id for cell in cells} == {cell.id for cell in plan_cells(recipe) if cell.method in ("shadow", "all")}
+
+
+def test_another_meaning_of_a_variants_own_preset_makes_that_variant_out_of_date_and_nothing_else(everything, monkeypatch):
+    recipe, output = read_recipe(everything[0]), everything[1]
+    monkeypatch.setitem(PRESETS, "peft", {**PRESETS["peft"], "auxiliary_loss_weight": 7.0})
+    assert {cell.variant for cell in pending_cells(recipe, output, retry_failed=False)} == {"peft"}
+
+
+def test_a_preset_decides_lora_where_its_size_is_the_budget(everything, monkeypatch):
+    recipe = read_recipe(everything[0])
+    lora = next(cell for cell in plan_cells(recipe) if cell.method == "lora")
+    without = dataclasses.replace(recipe, bases={"tiny": dataclasses.replace(recipe.bases["tiny"], parameters=None)})
+    before = [fingerprint(each, lora) for each in (recipe, without)]
+    monkeypatch.setitem(PRESETS, "paper", {**PRESETS["paper"], "use_update": False})
+    after = [fingerprint(each, lora) for each in (recipe, without)]
+    assert after[0] == before[0] and after[1] != before[1]
 
 
 def test_trials_of_one_task_make_the_results_of_their_method_there_out_of_date_and_no_others(everything):
@@ -255,12 +268,40 @@ def test_scaling_takes_the_budget_of_the_main_table_from_there(everything):
     settings = {**recipe.sections["scaling"], "tasks": ["classes"], "budgets": [own], "seeds": recipe.seeds}
     changed = dataclasses.replace(recipe, sections={**recipe.sections, "scaling": settings})
     assert not [cell for cell in plan_cells(changed) if cell.section == "scaling"]
+    needed = {(cell.section, cell.task, cell.method) for cell in cells_of(changed, ["scaling"])}
+    assert needed == {(section, "classes", method) for section in ("search", "main") for method in ("lora", "shadow")}
     gathered = gather(changed, output)
     shown, main = variant_table(gathered, "scaling"), main_table(gathered)
     assert [entry["method"] for entry in shown] == settings["methods"]
     for entry in shown:
         same = next(each for each in main if (each["method"], each["task"]) == (entry["method"], entry["task"]))
         assert (entry["score"], entry["variant"]) == (same["score"], str(own))
+
+
+def test_one_section_comes_with_what_it_is_compared_with(everything):
+    recipe = read_recipe(everything[0])
+    found = {(cell.section, cell.task, cell.method) for cell in cells_of(recipe, ["ablations"])}
+    assert found == {(section, "classes", "shadow") for section in ("search", "main", "ablations")}
+    both = {**recipe.sections, "main": {**recipe.sections["main"], "tasks": ["classes", "commands", "orders"]}}
+    changed = dataclasses.replace(recipe, sections=both)
+    assert {cell.task for cell in cells_of(changed, ["transfer"])} == {"commands", "orders"}
+
+
+def test_a_training_that_counts_for_scaling_too_brings_only_its_own_tasks_score(everything):
+    """A main cell that transfer scores on a second task: scaling has one line of it, not two."""
+    recipe, output = read_recipe(everything[0]), everything[1]
+    settings = {"tasks": ["commands"], "methods": ["lora"], "budgets": [recipe.bases["tiny"].parameters], "seeds": [0]}
+    gathered = gather(dataclasses.replace(recipe, sections={**recipe.sections, "scaling": settings}), output)
+    assert [(key.task, key.scored) for key in gathered.scores if key.section == "scaling"] == [("commands", "commands")]
+
+
+def test_the_mean_is_over_tasks_of_one_kind(everything):
+    rows = [row for row in main_table(gather(read_recipe(everything[0]), everything[1])) if row["method"] == "lora"]
+    means = {row["mean_of"]: row for row in rows if row["task"] is None}
+    scores = {row["task"]: row["score"].value for row in rows if row["task"] is not None}
+    assert means["classes"]["score"].value == pytest.approx(scores["classes"]) and means["classes"]["num_tasks"] == 1
+    written = [value for task, value in scores.items() if task != "classes"]
+    assert means["written answers"]["score"].value == pytest.approx(sum(written) / len(written))
 
 
 def test_a_search_tries_what_a_task_gives_for_its_method(root, tmp_path):
@@ -349,6 +390,9 @@ def test_hours_follow_from_measured_step_times(root, tmp_path):
         ({"methods": {"lora": {"trials": [{"learning_rate": 0.1}]}, "shadow": {}}}, "same number"),
         ({"tasks": {"trec": {"trials": {"lora": [{"learning_rate": 0.1}]}}}}, "'lora' on task 'trec' has 1 trials"),
         ({"tasks": {"trec": {"trials": {"ia3": []}}}}, "unknown method 'ia3'"),
+        ({"tasks": {"trec": {"trials": {"lora": None}}}}, "must be a list of settings"),
+        ({"tasks": {"trec": {"trials": {"lora": [{"learning_rat": 0.1}] * 2}}}}, "did you mean 'learning_rate'"),
+        ({"tasks": {"trec": {"trials": {"lora": [{"shadow_alpha": 0.1}] * 2}}}}, "unknown key 'shadow_alpha'"),
         ({"methods": {"lora": {}, "shadow": {}, "shadow-pretrained": {}}}, "shadow_model"),
         ({"bases": {"a--b": {"path": "base"}}}, "cannot name an entry"),
     ],
@@ -357,6 +401,15 @@ def test_a_recipe_that_cannot_be_run_is_refused_with_the_reason(tmp_path, change
     path = comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe(**changes))
     with pytest.raises(ConfigError, match=message):
         read_recipe(path)
+
+
+def test_an_ablation_that_changes_nothing_and_scaling_of_a_fixed_size_are_refused(tmp_path):
+    values = comparisons.small_recipe(ablations={"tasks": ["classes"], "variants": {"block 1": {"first_block": 1}}})
+    with pytest.raises(ConfigError, match="'block 1' changes nothing"):
+        plan_cells(read_recipe(comparisons.write_recipe(tmp_path / "ablation.yaml", values)))
+    values = comparisons.small_recipe(scaling={"tasks": ["classes"], "methods": ["full"], "budgets": [1000]})
+    with pytest.raises(ConfigError, match="cannot change the size of 'full'"):
+        plan_cells(read_recipe(comparisons.write_recipe(tmp_path / "scaling.yaml", values)))
 
 
 def test_transfer_of_a_classification_head_is_refused(tmp_path):

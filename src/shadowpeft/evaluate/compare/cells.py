@@ -43,7 +43,8 @@ def run_cell(cell: Cell, store: Store) -> tuple[Payload, list[dict[str, Any]]]:
     }
     if cell.score_detached and isinstance(fitted.model, ShadowModel):
         detached = fitted.model.detach()
-        found = {name: score(fitted, detached, cell, store, name) for name in cell.score_on}
+        own = store.recipe.tasks[cell.task].score_on or (cell.task,)  # transfer is the attached model's
+        found = {name: score(fitted, detached, cell, store, name) for name in own}
         payload["detached"] = {
             name: described(evaluation, fitted, detached, cell, store, name) for name, evaluation in found.items()
         }

@@ -8,7 +8,7 @@ from rich.table import Table
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare.estimate import Estimated, estimate, num_labels
 from shadowpeft.evaluate.compare.measure import measure_steps
-from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.plan import cells_of, plan_cells
 from shadowpeft.evaluate.compare.recipe import SEARCH, SECTIONS, known, read_recipe
 from shadowpeft.evaluate.compare.report import write_report
 from shadowpeft.evaluate.compare.runner import Counts, pending_cells, run_cells, worker_command
@@ -76,7 +76,7 @@ def compare(
 def show_plan(store: Store, console: Console, sections: list[str] | None, *, measure: bool) -> list[Estimated]:
     """Prints cells, sizes, memory and hours."""
     recipe = store.recipe
-    cells = [cell for cell in plan_cells(recipe) if not sections or cell.section in sections]
+    cells = cells_of(recipe, sections)
     measured: dict[tuple[str, str, str], float] = {}
     if measure:
         measured = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})

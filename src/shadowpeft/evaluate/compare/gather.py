@@ -64,7 +64,9 @@ def _add_scores(gathered: Gathered, cell: Cell, result: Entry) -> None:
     # Of scaling, the attached model alone: that is what its other budgets have.
     detached = {} if section == "scaling" else result.get("detached", {})
     for suffix, scores in (("", result.get("scores", {})), (DETACHED, detached)):
-        for name, score in scores.items():
+        for name in cell.score_on:  # of a main cell that counts for scaling too, what scaling scores
+            if name not in scores:
+                continue
             key = Key(
                 section=section,
                 base=cell.base,
@@ -73,7 +75,7 @@ def _add_scores(gathered: Gathered, cell: Cell, result: Entry) -> None:
                 variant=cell.variant,
                 scored=name,
             )
-            gathered.scores[key][cell.seed] = score
+            gathered.scores[key][cell.seed] = scores[name]
             gathered.trained[key] = result["trainable"]
 
 

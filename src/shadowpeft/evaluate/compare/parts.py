@@ -6,6 +6,7 @@ from typing import Any
 from shadowpeft.evaluate.compare.gather import Gathered
 from shadowpeft.evaluate.compare.recipe import Recipe
 from shadowpeft.evaluate.compare.statistics import Estimate
+from shadowpeft.evaluate.compare.tables import heading_of
 
 Entry = dict[str, Any]
 Part = tuple[str, str, list[str], list[list[str]]]  # heading, text above, columns, rows
@@ -14,7 +15,7 @@ METHOD_NOTE = (
     "Scores are means over seeds, times 100, with a 95% bootstrap interval over seeds and rows. Differences are "
     "paired: the same rows and seeds for both methods; their interval is a paired bootstrap over seeds and rows, p a "
     "two-sided permutation test that swaps the two methods' answers row by row, all seeds together. p is not corrected "
-    "for the number of tasks."
+    "for the number of tasks. Means are over tasks of one kind; that of written answers mixes their metrics."
 )
 
 
@@ -43,7 +44,7 @@ def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Par
     parts = []
     for base in dict.fromkeys(entry["base"] for entry in tables["main"]):
         parts += _main_parts(gathered.recipe, base, [entry for entry in tables["main"] if entry["base"] == base])
-    parts += [part for part in (_transfer_part(tables), _scaling_part(tables), _ablation_part(tables)) if part]
+    parts += [part for part in (_transfer_part(gathered.recipe, tables), _scaling_part(tables), _ablation_part(tables)) if part]
     parts += [part for part in (_latency_part(tables), _cost_part(tables), _search_part(tables)) if part]
     failed = _failed_part(gathered)
     return [*parts, failed] if failed else parts
@@ -51,17 +52,21 @@ def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Par
 
 def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
     scored = list(dict.fromkeys(entry["scored"] for entry in entries if entry["scored"]))
+    means = list(dict.fromkeys(heading_of(entry) for entry in entries if not entry["scored"]))
+    largest = {mean: max(entry["num_tasks"] for entry in entries if heading_of(entry) == mean) for mean in means}
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
-    found = {(entry["method"], entry["scored"]): entry for entry in entries}
+    found = {(entry["method"], heading_of(entry)): entry for entry in entries}
     metrics = {entry["scored"]: entry["metric"] for entry in entries if entry["scored"]}
     seeds = sorted({len(entry["seeds"]) for entry in entries if entry["scored"] and entry["method"] == recipe.baseline})
-    columns = ["method", *(f"{name} ({metrics[name]})" for name in scored), "mean of tasks"]
+    columns = ["method", *(f"{name} ({metrics[name]})" for name in scored), *means]
 
     def row(method: str, field: str, form: Callable[[Any], str]) -> list[str]:
-        cells = [found.get((method, name)) for name in (*scored, None)]
-        texts = [form(cell[field]) if cell else "" for cell in cells]
-        if cells[-1] and cells[-1]["num_tasks"] < len(scored):
-            texts[-1] += f" ({cells[-1]['num_tasks']} tasks)"
+        texts = []
+        for name in (*scored, *means):
+            cell = found.get((method, name))
+            texts.append(form(cell[field]) if cell else "")
+            if cell and name in means and cell["num_tasks"] < largest[name]:
+                texts[-1] += f" ({cell['num_tasks']} tasks)"
         return [method, *texts]
 
     said = f"{METHOD_NOTE} Seeds of {recipe.baseline}: {', '.join(map(str, seeds))}."
@@ -76,14 +81,23 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
     ]
 
 
-def _transfer_part(tables: dict[str, list[Entry]]) -> Part | None:
+def _is_untrained(recipe: Recipe, entry: Entry) -> bool:
+    return recipe.methods[entry["method"]].kind == "none"
+
+
+def _transfer_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | None:
+    entries = sorted(tables["transfer"], key=lambda e: (e["base"], e["scored"], e["task"], e["method"]))
+    # The untouched base is the same whatever it was "trained" on.
+    shown = {(e["base"], e["scored"], "" if _is_untrained(recipe, e) else e["task"], e["method"]): e for e in entries}
     rows = [
-        [entry["base"], entry["method"], entry["task"], entry["scored"], _score(entry["score"]),
+        [entry["base"], entry["method"], task or "nothing", entry["scored"], f"{len(entry['seeds'])}", _score(entry["score"]),
          _number(entry["answer_loss"], ".3f"), _gap(entry["difference"])]
-        for entry in sorted(tables["transfer"], key=lambda e: (e["base"], e["scored"], e["task"], e["method"]))
+        for (_, _, task, _), entry in shown.items()
     ]  # fmt: skip
-    text = "Trained on one task, scored on another under its own prompts. Loss: nats a token of the right answer."
-    columns = ["base", "method", "trained on", "scored on", "score", "answer loss", "difference to the baseline"]
+    text = (
+        "Trained on one task, scored on it and on the others under their own prompts. Loss: nats a token of the right answer."
+    )
+    columns = ["base", "method", "trained on", "scored on", "seeds", "score", "answer loss", "difference to the baseline"]
     return ("Transfer", text, columns, rows) if rows else None
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.compare.recipe import ADAPTERS, MethodSpec, Recipe, TaskSpec
+from shadowpeft.evaluate.compare.budget import shadow_config
+from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, Recipe, TaskSpec
 from shadowpeft.train.tasks import TASKS
 
 UNTRAINED = ("none",)
@@ -67,10 +68,35 @@ def plan_cells(recipe: Recipe) -> list[Cell]:
     return _with_searches(ordered)
 
 
+def cells_of(recipe: Recipe, sections: list[str] | None) -> list[Cell]:
+    """All cells of some sections (all, if none are named): also what these take from the main table, and needed searches.
+
+    Scaling takes the main table's trainings at the base's own budget, transfer those of tasks that both have, ablations the
+    unchanged method.
+    """
+    cells = plan_cells(recipe)
+    if not sections:
+        return cells
+    wanted = {cell.id for cell in cells if cell.section in sections}
+    main = [cell for cell in cells if cell.section == "main"]
+    if "scaling" in sections:
+        variants = scaling_cells(recipe)
+        wanted |= {cell.id for cell in main for variant in variants if is_same_training(recipe, cell, variant)}
+    if "transfer" in sections:
+        tasks = _entries(recipe.sections.get("transfer", {}), "tasks", recipe.tasks)
+        wanted |= {cell.id for cell in main if cell.task in tasks and set(tasks) <= set(cell.score_on)}
+    if "ablations" in sections:
+        changed = {(cell.base, cell.task, cell.method, cell.seed) for cell in cells if cell.section == "ablations"}
+        wanted |= {cell.id for cell in main if (cell.base, cell.task, cell.method, cell.seed) in changed}
+    needed = {each for cell in cells if cell.id in wanted for each in cell.needs}
+    return [cell for cell in cells if cell.id in wanted | needed]
+
+
 def is_same_training(recipe: Recipe, cell: Cell, variant: Cell) -> bool:
     """Whether a cell of the main table trains what a scaling cell would: the same, at the base's own budget."""
     of_cell, of_variant = ((one.base, one.task, one.method, one.seed) for one in (cell, variant))
-    return cell.section == "main" and of_cell == of_variant and variant.parameters == recipe.bases[cell.base].parameters
+    is_own_budget = variant.parameters == recipe.bases[cell.base].parameters
+    return cell.section in ("main", "transfer") and of_cell == of_variant and is_own_budget
 
 
 def _main(recipe: Recipe) -> list[Cell]:
@@ -121,6 +147,9 @@ def scaling_cells(recipe: Recipe) -> list[Cell]:
     if settings is None:
         return []
     methods = _entries(settings, "methods", {name: m for name, m in recipe.methods.items() if m.kind in ADAPTERS})
+    for name in methods:
+        if recipe.methods[name].kind not in ADAPTERS or recipe.methods[name].budget != "equal":
+            raise ConfigError(f"scaling cannot change the size of {name!r}: choose LoRA, DoRA or a shadow of equal budget")
     return [
         Cell(
             section="scaling",
@@ -147,6 +176,7 @@ def _ablations(recipe: Recipe) -> list[Cell]:
     if settings is None:
         return []
     method = settings.get("method", recipe.reference)
+    _check_variants(recipe.methods[method], settings["variants"])
     return [
         Cell(
             section="ablations",
@@ -164,6 +194,16 @@ def _ablations(recipe: Recipe) -> list[Cell]:
         for task in _entries(settings, "tasks", recipe.tasks)
         for name, overrides in settings["variants"].items()
     ]
+
+
+def _check_variants(spec: MethodSpec, variants: dict[str, dict[str, Any]]) -> None:
+    """Refuses a variant that changes nothing: it would be the main table's training under another name."""
+    if not spec.kind.startswith("shadow"):
+        raise ConfigError(f"ablations change fields of ShadowConfig; their method is of kind {spec.kind!r}, not a shadow")
+    unchanged = shadow_config(spec, is_classifier=False)
+    for name, overrides in variants.items():
+        if shadow_config(spec, is_classifier=False, **overrides) == unchanged:
+            raise ConfigError(f"ablation {name!r} changes nothing: the method has {overrides} already; leave it out")
 
 
 def _latency(recipe: Recipe) -> list[Cell]:
@@ -233,9 +273,14 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
     trials = {name: recipe.tasks[cell.task].trials[name] for name in methods if name in recipe.tasks[cell.task].trials}
     if trials:
         parts["trials"] = trials
-    presets = {name: _preset(spec, cell) for name, spec in methods.items() if spec.kind.startswith("shadow")}
-    if presets:  # the recipe has a preset's name only; what the name stands for can change
+    # The recipe has a preset's name only; what the name stands for can change.
+    presets = {name: _preset(spec, base) for name, spec in methods.items() if spec.kind.startswith("shadow")}
+    if presets:
         parts["presets"] = presets
+    if "preset" in dict(cell.overrides):  # trained with its own, but sized and searched with the method's
+        parts["own preset"] = ShadowConfig.preset(dict(cell.overrides)["preset"]).to_dict()
+    if base.parameters is None and not presets:  # the budget is the reference's size
+        parts["presets"] = {recipe.reference: _preset(recipe.methods[recipe.reference], base)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -244,7 +289,6 @@ def _without_trials(task: TaskSpec) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(task).items() if name != "trials"}
 
 
-def _preset(spec: MethodSpec, cell: Cell) -> dict[str, Any]:
-    """What the cell's preset stands for; a variant may have its own."""
-    name = dict(cell.overrides).get("preset", spec.shadow.get("preset", "paper"))
-    return ShadowConfig.preset(name).to_dict()
+def _preset(spec: MethodSpec, base: BaseSpec) -> dict[str, Any]:
+    """What a method's preset on a base stands for."""
+    return ShadowConfig.preset(base.shadow.get("preset", spec.shadow.get("preset", "paper"))).to_dict()

@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from shadowpeft.evaluate.compare.tables import heading_of
+
 Entry = dict[str, Any]
 _MARKS = "osD^vPX*"
 
@@ -27,12 +29,12 @@ def draw_differences(table: list[Entry], baseline: str, picture: Path) -> bool:
 
 
 def _differences(axes: Axes, entries: list[Entry]) -> None:
-    rows = list(dict.fromkeys(entry["scored"] or "mean of tasks" for entry in sorted(entries, key=_mean_last)))
+    rows = list(dict.fromkeys(heading_of(entry) for entry in sorted(entries, key=_mean_last)))
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     for index, method in enumerate(methods):
         own = [entry for entry in entries if entry["method"] == method]
         shift = 0.7 * (index + 0.5) / len(methods) - 0.35
-        places = [rows.index(entry["scored"] or "mean of tasks") + shift for entry in own]
+        places = [rows.index(heading_of(entry)) + shift for entry in own]
         found = [entry["difference"] for entry in own]
         values = [100 * each.value for each in found]
         spread = [

@@ -1,11 +1,10 @@
 """What a comparison consists of, as one YAML file."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.core.config import check_keys
+from shadowpeft.core.config import ShadowConfig, check_keys
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import TrainConfig, read_yaml
 from shadowpeft.train.tasks import TASKS
@@ -185,7 +184,7 @@ def _check(recipe: Recipe) -> None:
         known(recipe.tasks, task.score_on, "task")
         known(recipe.methods, task.trials, "method")
         for method, trials in task.trials.items():
-            _check_trials(recipe, f"method {method!r} on task {name!r}", trials)
+            _check_trials(recipe, method, f"method {method!r} on task {name!r}", trials)
     for name in (*recipe.bases, *recipe.tasks, *recipe.methods):
         if "--" in name or "/" in name:
             raise ConfigError(f"{name!r} cannot name an entry: names become file names; leave out '--' and '/'")
@@ -206,10 +205,17 @@ def _check_method(recipe: Recipe, name: str, method: MethodSpec) -> None:
     if method.kind == "shadow-pretrained" and "shadow_model" not in method.shadow:
         raise ConfigError(f"method {name!r}: set shadow: {{shadow_model: folder or hub name}} to say which shadow")
     if method.trials:
-        _check_trials(recipe, f"method {name!r}", method.trials)
+        _check_trials(recipe, name, f"method {name!r}", method.trials)
 
 
-def _check_trials(recipe: Recipe, what: str, trials: Sequence[dict[str, float]]) -> None:
+def _check_trials(recipe: Recipe, name: str, what: str, trials: Any) -> None:
+    if not isinstance(trials, list | tuple) or not all(isinstance(trial, dict) for trial in trials):
+        raise ConfigError(f"{what}: trials must be a list of settings such as {{learning_rate: 1e-3}}, not {trials!r}")
+    names = {item.name for item in fields(TrainConfig)} - {"shadow"}
+    if recipe.methods[name].kind.startswith("shadow"):
+        names |= {item.name for item in fields(ShadowConfig)}
+    for trial in trials:
+        check_keys(trial, names, what=f"the trials of {what}")
     if len(trials) != recipe.search.trials:
         raise ConfigError(
             f"{what} has {len(trials)} trials, but search.trials is {recipe.search.trials}: every method gets the same number"

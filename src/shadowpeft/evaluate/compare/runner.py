@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shadowpeft.evaluate.compare.plan import Cell, fingerprint, plan_cells
+from shadowpeft.evaluate.compare.plan import Cell, cells_of, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.recipe import Recipe
 from shadowpeft.evaluate.compare.results import is_current, read_result, write_failed
 
@@ -140,15 +140,10 @@ def _close(process: subprocess.Popen[str]) -> None:
 
 
 def pending_cells(recipe: Recipe, output: Path, *, retry_failed: bool, sections: list[str] | None = None) -> list[Cell]:
-    """Cells without a current result; with ``sections`` only of these, and the searches they need."""
-    cells = plan_cells(recipe)
-    if sections:
-        wanted = [cell for cell in cells if cell.section in sections]
-        needed = {each for cell in wanted for each in cell.needs}
-        cells = [cell for cell in cells if cell.section in sections or cell.id in needed]
+    """Cells without a current result; with ``sections`` only of these, and what they need."""
     return [
         cell
-        for cell in cells
+        for cell in cells_of(recipe, sections)
         if not is_current(read_result(output, cell.id), fingerprint(recipe, cell), retry_failed=retry_failed)
     ]
 

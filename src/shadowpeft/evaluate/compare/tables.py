@@ -3,38 +3,48 @@
 from collections import defaultdict
 from typing import Any
 
-from shadowpeft.evaluate.compare.gather import DETACHED, Entry, Gathered, Key, paired, sample_of
+from shadowpeft.evaluate.compare.gather import Entry, Gathered, Key, paired, sample_of
 from shadowpeft.evaluate.compare.recipe import SEARCH, Recipe
-from shadowpeft.evaluate.compare.statistics import difference, estimate, mean_difference, mean_estimate
+from shadowpeft.evaluate.compare.statistics import Sample, difference, estimate, mean_difference, mean_estimate
+from shadowpeft.train.tasks import TASKS
+
+MEANS = {"classification": "classes", "generation": "written answers"}
 
 
 def main_table(gathered: Gathered) -> list[Entry]:
-    """base, task, method -> score, and the paired difference to the baseline; ``task`` None is the mean over tasks.
+    """base, task, method -> score, and the paired difference to the baseline; ``task`` None is a mean over tasks.
 
-    The mean is over the tasks that method *and* baseline have, so that both means are of the same tasks.
+    One mean for tasks answered by a class and one for those answered by text: they have other metrics, and may read the same
+    rows, where a mean's interval takes tasks for independent. A mean is over the tasks that method *and* baseline have.
     """
     recipe, table = gathered.recipe, []
     keys = [key for key in gathered.scores if key.section == "main" and key.scored in _own(recipe, key.task)]
     for base in dict.fromkeys(key.base for key in keys):
         of_base = [key for key in keys if key.base == base]
         for method in dict.fromkeys(key.method for key in of_base):
-            pairs = []
+            pairs: dict[str, list[tuple[Sample, Sample]]] = defaultdict(list)
             for key in (key for key in of_base if key.method == method):
                 scores = gathered.scores[key]
                 pair = paired(gathered, key, _with_method(key, recipe.baseline))
-                pairs += [pair] if pair else []
+                if pair:
+                    pairs[TASKS[recipe.tasks[key.scored].task].kind].append(pair)
                 found = estimate(sample_of(recipe, scores, key.scored, sorted(scores)))
                 gap = difference(*pair) if pair and method != recipe.baseline else None
                 table.append(_entry(key, found, gap, scores))
-            if pairs:
-                mean, gap = mean_estimate([first for first, _ in pairs]), mean_difference(pairs)
+            for kind, of_kind in pairs.items():
+                gap = None if method == recipe.baseline else mean_difference(of_kind)
                 table.append(
                     {
-                        "base": base, "task": None, "scored": None, "method": method, "num_tasks": len(pairs),
-                        "score": mean, "difference": None if method == recipe.baseline else gap,
+                        "base": base, "task": None, "scored": None, "mean_of": MEANS[kind], "method": method,
+                        "num_tasks": len(of_kind), "score": mean_estimate([first for first, _ in of_kind]), "difference": gap,
                     }
                 )  # fmt: skip
     return table
+
+
+def heading_of(entry: Entry) -> str:
+    """What a line of the main table is about: a task, or the mean over a kind of them."""
+    return entry["scored"] or f"mean of {entry['mean_of']}"
 
 
 def _own(recipe: Recipe, task: str) -> tuple[str, ...]:
@@ -65,9 +75,13 @@ def transfer_table(gathered: Gathered) -> list[Entry]:
     if settings is None:
         return []
     tasks = settings.get("tasks", list(gathered.recipe.tasks))
+    methods = settings.get("methods", list(gathered.recipe.methods))
+    bases = settings.get("bases", list(gathered.recipe.bases))
     table = []
     for key, scores in gathered.scores.items():
-        if key.section != "main" or key.task not in tasks or key.scored not in tasks or key.method.endswith(DETACHED):
+        if key.section != "main" or key.base not in bases or key.method not in methods:
+            continue
+        if key.task not in tasks or key.scored not in tasks:
             continue
         pair = paired(gathered, key, _with_method(key, gathered.recipe.baseline))
         gap = difference(*pair) if pair and key.method != gathered.recipe.baseline else None
