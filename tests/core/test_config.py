@@ -42,7 +42,8 @@ def test_what_is_recommended_is_another_formula_but_not_another_shadow():
     changed = {name for name, value in ShadowConfig.preset("recommended").to_dict().items()
                if value != getattr(ShadowConfig(), name)}  # fmt: skip
     assert changed == {
-        *("shadow_alpha", "shadow_dropout", "auxiliary_loss_weight"), *("scale_state", "inject_diagonal", "use_update")
+        *("shadow_alpha", "shadow_dropout", "auxiliary_loss_weight"), *("scale_state", "inject_diagonal", "use_update"),
+        *("inject_activation", "shadow_lr_multiplier"),
     }  # fmt: skip
 
 

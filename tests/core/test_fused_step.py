@@ -32,6 +32,12 @@ VARIANTS = {
     "diagonal, from the state": {"inject_diagonal": True, "inject_from": "state"},
     "scaled diagonal without update": {"scale_state": True, "inject_diagonal": True, "use_update": False},
     "scaled, from the state": {"scale_state": True, "inject_from": "state"},
+    "activation": {"scale_state": True, "inject_activation": "silu"},
+    "activation, diagonal, no update": {
+        **{"scale_state": True, "inject_activation": "silu", "inject_diagonal": True, "use_update": False}
+    },
+    "activation, from the state": {"scale_state": True, "inject_activation": "gelu", "inject_from": "state"},
+    "activation, dropout on the input": {"scale_state": True, "inject_activation": "silu", "dropout_at": "input"},
 }
 
 

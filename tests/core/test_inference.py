@@ -18,6 +18,8 @@ VARIANTS = [
     {"update_norm": "none"},
     {"first_block": 0},
     {"scale_state": True, "inject_diagonal": True},
+    {"scale_state": True, "inject_diagonal": True, "inject_activation": "silu"},
+    {"scale_state": True, "inject_activation": "gelu", "inject_from": "state"},
     {"inject_diagonal": True, "inject_from": "state", "use_update": False},
 ]
 

@@ -10,6 +10,7 @@ from models import tiny_config
 from shadowpeft.core import step
 from shadowpeft.core.network import ShadowNetwork
 from shadowpeft.core.step import Injection, Update
+from shadowpeft.errors import ConfigError
 
 D, R, H = 6, 4, 3
 
@@ -49,6 +50,27 @@ def test_scale_and_diagonal_are_what_the_documentation_says(scaled):
         s = s * h.square().mean(-1, keepdim=True).sqrt()
     expected = (h - s) @ injection.W_down @ injection.W_up + injection.diagonal * s
     assert_close(injection(h, states()[1]), h + 0.7 * expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_an_activation_stands_in_the_bottleneck_and_works_in_units_of_h(activation):
+    h, s = states()
+    config = tiny_config(shadow_alpha=0.7, scale_state=True, inject_diagonal=True, inject_activation=activation)
+    injection = Injection(D, config).double().eval()
+    nn.init.normal_(injection.W_up)
+    nn.init.normal_(injection.diagonal)
+    size = h.square().mean(-1, keepdim=True).sqrt()
+    hidden = getattr(F, activation)((h / size - s) @ injection.W_down)
+    assert_close(injection(h, s), h + 0.7 * size * (hidden @ injection.W_up + injection.diagonal * s))
+    # Twice the hidden state: twice the correction.
+    assert_close(injection(2 * h, s), 2 * injection(h, s))
+    zero = injection(torch.zeros_like(h), s)
+    assert_close(zero, torch.zeros_like(h))
+
+
+def test_an_activation_needs_the_unit_of_h():
+    with pytest.raises(ConfigError, match="scale_state"):
+        tiny_config(inject_activation="silu")
 
 
 @pytest.mark.parametrize("entry", [0.0, 300.0, 6e4])

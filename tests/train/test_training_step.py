@@ -10,7 +10,6 @@ from transformers import AttentionInterface, AttentionMaskInterface, DataCollato
 from models import enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.errors import ConfigError
-from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.trainer import ShadowTrainer
 
 pytestmark = pytest.mark.contract
@@ -215,6 +214,12 @@ def test_the_shadow_backbone_has_its_own_learning_rate_and_vectors_no_decay(tmp_
     assert len(seen) == len(set(seen))
 
 
+def test_the_trainer_takes_the_multiplier_of_the_adapters_config_unless_it_is_given_one(tmp_path):
+    model = adapted(shadow_lr_multiplier=0.5)
+    assert {group["lr"] for group in trainer(tmp_path, model, multiplier=None).create_optimizer().param_groups} == {1e-2, 5e-3}
+    assert {group["lr"] for group in trainer(tmp_path, model, multiplier=1.0).create_optimizer().param_groups} == {1e-2}
+
+
 def test_one_learning_rate_leaves_the_groups_as_they_are(tmp_path):
     assert len(trainer(tmp_path, adapted()).create_optimizer().param_groups) == 2
 
@@ -241,4 +246,4 @@ def test_training_runs_with_a_multiplier_and_its_schedule(tmp_path):
 
 def test_a_negative_multiplier_is_refused():
     with pytest.raises(ConfigError, match="shadow_lr_multiplier=-1"):
-        TrainConfig(shadow_lr_multiplier=-1)
+        ShadowConfig(shadow_lr_multiplier=-1)

@@ -65,6 +65,9 @@ class ShadowConfig:
     inject_diagonal: bool = _field(
         False, "add v * s to the correction, v a trained vector: what a bottleneck of r cannot carry"
     )
+    inject_activation: Literal["none", "silu", "gelu"] = _field(
+        "none", "activation in the bottleneck of the correction, in units of the RMS of h: needs scale_state"
+    )
 
     # Update (Eq. 5-7, 13-14)
     use_update: bool = _field(True, "advance the state between blocks; False keeps s(0) for every block")
@@ -77,6 +80,7 @@ class ShadowConfig:
 
     # Training
     auxiliary_loss_weight: float = _field(0.05, "lambda: weight of the shadow's own loss (Eq. 8-9)")
+    shadow_lr_multiplier: float = _field(1.0, "learning rate of the shadow backbone, as a multiple of the others'")
     distillation_weight: float = _field(
         0.0, "weight of KL(attached || shadow) over the next tokens, which makes the shadow a better draft; 0: off"
     )
@@ -96,6 +100,7 @@ class ShadowConfig:
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "None or an integer of at least 1")
         require(0.0 <= self.shadow_dropout < 1.0, "shadow_dropout", self.shadow_dropout, "a number in [0, 1)")
+        require(self.shadow_lr_multiplier >= 0, "shadow_lr_multiplier", self.shadow_lr_multiplier, "at least 0")
         require(self.auxiliary_loss_weight >= 0, "auxiliary_loss_weight", self.auxiliary_loss_weight, "at least 0")
         require(self.distillation_weight >= 0, "distillation_weight", self.distillation_weight, "at least 0")
         temperature = self.distillation_temperature
@@ -105,6 +110,8 @@ class ShadowConfig:
             is_valid = re.fullmatch(r"base:(first|last|spaced):[1-9]\d*", self.shadow_model)
             expected = "'base:first:N', 'base:last:N' or 'base:spaced:N' with N of at least 1"
             require(is_valid is not None, "shadow_model", self.shadow_model, expected)
+        fits = self.inject_activation == "none" or self.scale_state
+        require(fits, "inject_activation", self.inject_activation, "'none' without scale_state: it works in the unit of h")
         is_contradiction = self.freeze_backbone and self.is_implicit
         expected = "False for an implicit shadow, whose weights are fresh"
         require(not is_contradiction, "freeze_backbone", self.freeze_backbone, expected)
@@ -155,12 +162,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     # What this project found to work best; LOG.md has the search, on validation rows.
     "recommended": {
-        "shadow_alpha": 4.0,  # docs/compare.md has what led to both weights
+        "shadow_alpha": 4.0,  # docs/compare.md has what led here
         "shadow_dropout": 0.0,
         "scale_state": True,
         "inject_diagonal": True,
+        "inject_activation": "silu",
         "use_update": False,
         "auxiliary_loss_weight": 8.0,
+        "shadow_lr_multiplier": 0.3,
     },
     "authors": {"shadow_layer_types": "base"},
     "peft": {

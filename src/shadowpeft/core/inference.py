@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shadowpeft.core.step import rms
+from shadowpeft.core.step import ACTIVATIONS, rms, unit
 
 if TYPE_CHECKING:
     from shadowpeft.core.network import ShadowNetwork
@@ -62,6 +62,13 @@ def correct(injection: "Injection", h: Tensor, s: Tensor) -> Tensor:
     """Eq. 2-4: the corrected input of the block, [B, T, d], in the dtype of ``h``."""
     config = injection.config
     W_down, W_up = injection.W_down, injection.W_up
+    if config.inject_activation != "none":
+        scale, s = rms(h), s.to(W_down.dtype)
+        source = unit(h, scale).to(W_down.dtype) - s if config.inject_from == "difference" else s
+        added = ACTIVATIONS[config.inject_activation](source @ W_down) @ W_up
+        if injection.diagonal is not None:
+            added = added.addcmul_(injection.diagonal, s)
+        return torch.add(h, added.mul_(scale.to(added.dtype)).to(h.dtype), alpha=config.shadow_alpha)
     if config.scale_state:
         s = s * rms(h)
     source = h - s if config.inject_from == "difference" else s

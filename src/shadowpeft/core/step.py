@@ -32,6 +32,11 @@ def rms(h: States) -> Tensor:
     return (torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide) * h.shape[-1] ** -0.5).to(h.dtype)
 
 
+def unit(h: States, scale: Tensor) -> States:
+    """``h`` divided by its RMS ``scale``; zero where h is zero."""
+    return h / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
 def correction(delta: States, W_down: Down, W_up: Up, *, dropout: float = 0.0, at: str = "bottleneck") -> States:
     """Eq. 3: ``Dropout(delta W_down) W_up``; W_down [d, r], W_up [r, d]. ``at="input"`` drops delta instead."""
     if at == "input":
@@ -63,7 +68,9 @@ class Injection(nn.Module):
     """The low-rank correction of one block's input (Eq. 2-4). ``W_up`` starts at zero: at first nothing changes.
 
     Beyond the paper, ``scale_state`` replaces s by ``rms(h) * s``, and ``inject_diagonal`` adds ``v * s`` to the
-    correction, with a trained vector ``diagonal`` that starts at zero too.
+    correction, with a trained vector ``diagonal`` that starts at zero too. ``inject_activation`` puts an activation into
+    the bottleneck, which then reads ``h / rms(h) - s`` and whose result is multiplied by ``rms(h)``; without an activation
+    that is the same as the above.
     """
 
     diagonal: nn.Parameter | None
@@ -78,7 +85,9 @@ class Injection(nn.Module):
 
     def reset_parameters(self) -> None:
         if self.config.down_init == "normal":
-            nn.init.normal_(self.W_down, std=0.02)
+            # An activation wants inputs of size one, and has entries of size one to make them from.
+            is_linear = self.config.inject_activation == "none"
+            nn.init.normal_(self.W_down, std=0.02 if is_linear else self.W_down.shape[0] ** -0.5)
         else:
             linear_init_(self.W_down)
         nn.init.zeros_(self.W_up)
@@ -88,15 +97,31 @@ class Injection(nn.Module):
     def forward(self, h: Tensor, s: Tensor) -> Tensor:
         """[B, T, d], [B, T, d] -> [B, T, d]: the corrected input of the block."""
         config = self.config
+        dropout = config.shadow_dropout if self.training else 0.0
+        if config.inject_activation != "none":
+            return inject(h, self._activated(h, s, dropout), config.shadow_alpha)
         if config.scale_state:
             s = s * rms(h)
         source = discrepancy(h, s) if config.inject_from == "difference" else s
-        dropout = config.shadow_dropout if self.training else 0.0
         source = source.to(self.W_down.dtype)
         added = correction(source, self.W_down, self.W_up, dropout=dropout, at=config.dropout_at)
         if self.diagonal is not None:
             added = added + self.diagonal * s.to(self.diagonal.dtype)
         return inject(h, added, config.shadow_alpha)
+
+    def _activated(self, h: Tensor, s: Tensor, dropout: float) -> Tensor:
+        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down)) W_up + v * s)``, [B, T, d]."""
+        config = self.config
+        scale, s = rms(h), s.to(self.W_down.dtype)
+        source = unit(h, scale).to(s.dtype) - s if config.inject_from == "difference" else s
+        drops_input = config.dropout_at == "input"
+        source = F.dropout(source, dropout) if drops_input else source
+        hidden = source @ self.W_down
+        hidden = hidden if drops_input else F.dropout(hidden, dropout)
+        added = ACTIVATIONS[config.inject_activation](hidden) @ self.W_up
+        if self.diagonal is not None:
+            added = added + self.diagonal * s
+        return added * scale.to(added.dtype)
 
 
 class Update(nn.Module):

@@ -33,7 +33,6 @@ class TrainConfig:
     batch_size: int = _field(16, "rows a device and forward pass")
     gradient_accumulation: int = _field(1, "forward passes an optimizer step")
     learning_rate: float = _field(3e-3, "peak learning rate of AdamW")
-    shadow_lr_multiplier: float = _field(1.0, "learning rate of the shadow backbone, as a multiple of the others'")
     schedule: str = _field("cosine", "learning-rate schedule, any of transformers'")
     warmup: float = _field(0.03, "share of the steps that warm up")
     weight_decay: float = _field(0.01, "decoupled weight decay")
@@ -67,7 +66,6 @@ class TrainConfig:
         require(self.schedule in SCHEDULES, "schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
         require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         require(0 <= self.seed < 2**32, "seed", self.seed, "an integer from 0 to 2^32 - 1")
-        require(self.shadow_lr_multiplier >= 0, "shadow_lr_multiplier", self.shadow_lr_multiplier, "at least 0")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":

@@ -139,7 +139,6 @@ def make_trainer(
     examples: list[dict[str, Any]],
     arguments: TrainingArguments,
     callbacks: list[Any],
-    shadow_lr_multiplier: float = 1.0,
 ) -> ShadowTrainer:
     """The trainer of every method: a shadow here; LoRA, a probe or the whole base in a comparison."""
     trainer = ShadowTrainer(
@@ -148,7 +147,6 @@ def make_trainer(
         train_dataset=examples,  # type: ignore[arg-type]
         data_collator=AnswerCollator(tokenizer),
         callbacks=callbacks,
-        shadow_lr_multiplier=shadow_lr_multiplier,
     )
     trainer.pop_callback(PrinterCallback)
     return trainer
@@ -184,7 +182,6 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         prepared.examples,
         arguments,
         callbacks=[stop, MetricLines(folder / "metrics.jsonl"), progress],
-        shadow_lr_multiplier=config.shadow_lr_multiplier,
     )
     started = time.monotonic()
     with closing(stop), closing(progress):

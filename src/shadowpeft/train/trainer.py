@@ -27,11 +27,11 @@ class ShadowTrainer(SafeTrainer):
     Works for any other model too, so that LoRA and plain fine-tuning run on the same code.
 
     Args:
-        shadow_lr_multiplier: the shadow backbone's learning rate as a multiple of all other weights'; below 1 for a
-            pretrained one. The other arguments are transformers' own.
+        shadow_lr_multiplier: the shadow backbone's learning rate as a multiple of all other weights'; None: what the
+            adapter's config says. The other arguments are transformers' own.
     """
 
-    def __init__(self, *args: Any, shadow_lr_multiplier: float = 1.0, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, shadow_lr_multiplier: float | None = None, **kwargs: Any) -> None:
         model = kwargs.get("model", args[0] if args else None)
         refuse_zero3(isinstance(model, ShadowModel) and is_deepspeed_zero3_enabled())
         super().__init__(*args, **kwargs)
@@ -60,8 +60,11 @@ class ShadowTrainer(SafeTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         adapted = self.accelerator.unwrap_model(self.model)
-        if is_new and self._shadow_lr_multiplier != 1.0 and isinstance(adapted, ShadowModel):
-            _split_groups(optimizer, set(adapted.network().backbone.parameters()), self._shadow_lr_multiplier)
+        if is_new and isinstance(adapted, ShadowModel):
+            network, given = adapted.network(), self._shadow_lr_multiplier
+            multiplier = network.config.shadow_lr_multiplier if given is None else given
+            if multiplier != 1.0:
+                _split_groups(optimizer, set(network.backbone.parameters()), multiplier)
         return optimizer
 
     def _add_parts(self, outputs: Any) -> None:

@@ -61,6 +61,8 @@ def variant_obstacle(config: ShadowConfig, *, dtype: torch.dtype, drops: bool) -
         return f"hidden states in {dtype}"
     if config.adapter_dtype == "float64":
         return "weights in float64"
+    if config.inject_activation != "none":
+        return "an activation in the bottleneck"
     if drops and config.dropout_at == "input":
         return "dropout on the input of W_down needs a mask as wide as the model"
     widest = max(config.r, config.update_hidden_size)

@@ -31,10 +31,11 @@ class _Step(torch.autograd.Function):
         ctx.spec, ctx.backend, ctx.rng_state = spec, backend, out.rng_state
         s_out = None if out.s is None else out.s.view(s.shape)
         ctx.keeps_output = h.dtype in _SHARED_WITH_BLOCK
-        # To take the diagonal's part from h' again; the new state is kept by the following step anyway.
-        undoes_diagonal = ctx.keeps_output and w.diagonal is not None
-        injected = (s if s_out is None else s_out, out.scale) if undoes_diagonal else (None, None)
-        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, *injected)
+        # To take the correction from h' again; the new state is kept by the following step anyway.
+        has_state = ctx.keeps_output and w.diagonal is not None
+        has_scale = has_state or (ctx.keeps_output and spec.bottleneck_activation is not None)
+        injected = (s if s_out is None else s_out) if has_state else None
+        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, injected, out.scale if has_scale else None)
         ctx.present = [tensor is not None for tensor in (*kept, *weights)]
         ctx.save_for_backward(*(tensor for tensor in (*kept, *weights) if tensor is not None))
         ctx.set_materialize_grads(False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shadowpeft.core.kernels.masks import Masks
 from shadowpeft.core.kernels.spec import StepSpec, StepWeights
-from shadowpeft.core.step import ACTIVATIONS, discrepancy, inject, rms, update
+from shadowpeft.core.step import ACTIVATIONS, discrepancy, inject, rms, unit, update
 
 
 class StepOutput(NamedTuple):
@@ -56,13 +56,13 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     masks = Masks(h.device) if spec.has_dropout else None
     state = None if w.W_T1 is None else _updated(spec, h, s, w, masks).state.to(s.dtype)
     scale = rms(h) if spec.scales_state else None
-    scaled = _scaled(s if state is None else state, scale)
-    source, mask = _source(spec, h, scaled, w, masks)
+    met = s if state is None else state
+    source, mask = _source(spec, h, met, scale, w, masks)
     bottleneck = source @ w.W_down
     if mask is not None and not spec.drop_input:
         bottleneck = bottleneck * mask
     return StepOutput(
-        h=inject(h, _lifted(bottleneck, scaled, w), spec.alpha),
+        h=inject(h, _lifted(spec, bottleneck, met, scale, w), spec.alpha),
         s=state,
         bottleneck=bottleneck,
         rng_state=None if masks is None else masks.state,
@@ -79,21 +79,34 @@ def without_correction(
         injected: the state that met ``h``, [N, d]; None where there is no diagonal.
         bottleneck, scale: what came out of :func:`forward`.
     """
-    scaled = None if injected is None else _scaled(injected, scale)
-    return inject(h_out, _lifted(bottleneck, scaled, w), -spec.alpha)
+    return inject(h_out, _lifted(spec, bottleneck, injected, scale, w), -spec.alpha)
 
 
 def _scaled(s: Tensor, scale: Tensor | None) -> Tensor:
     return s if scale is None else s * scale
 
 
-def _lifted(bottleneck: Tensor, scaled: Tensor | None, w: StepWeights) -> Tensor:
-    """Eq. 3 from its bottleneck on, and the diagonal's part, [N, d]; ``scaled`` is read only where there is one."""
+def _lifted(spec: StepSpec, bottleneck: Tensor, s: Tensor | None, scale: Tensor | None, w: StepWeights) -> Tensor:
+    """Eq. 3 from its bottleneck on, and the diagonal's part, [N, d]; ``s`` is read only where there is one."""
+    if spec.bottleneck_activation is not None:
+        assert scale is not None
+        lifted = _corrected_units(spec, bottleneck, s, w)
+        return lifted.mul_(scale.to(lifted.dtype))
     lifted = bottleneck @ w.W_up
     if w.diagonal is None:
         return lifted
-    assert scaled is not None
-    return lifted.addcmul_(w.diagonal, scaled.to(lifted.dtype))
+    assert s is not None
+    return lifted.addcmul_(w.diagonal, _scaled(s, scale).to(lifted.dtype))
+
+
+def _corrected_units(spec: StepSpec, bottleneck: Tensor, s: Tensor | None, w: StepWeights) -> Tensor:
+    """The correction behind an activation, in units of the RMS of h, [N, d]."""
+    assert spec.bottleneck_activation is not None
+    lifted = ACTIVATIONS[spec.bottleneck_activation](bottleneck) @ w.W_up
+    if w.diagonal is None:
+        return lifted
+    assert s is not None
+    return lifted.addcmul_(w.diagonal, s.to(lifted.dtype))
 
 
 def backward(
@@ -120,35 +133,19 @@ def backward(
     updated = None if w.W_T1 is None else _updated(spec, h, s, w, masks)
     state = s if updated is None else updated.state.to(s.dtype)
     scale = rms(h) if spec.scales_state else None
-    scaled = _scaled(state, scale)
-    source, mask = _source(spec, h, scaled, w, masks)
+    source, mask = _source(spec, h, state, scale, w, masks)
 
     grad = grad_h.to(dtype)
-    grad_bottleneck = (grad @ w.W_up.t()).mul_(spec.alpha)
-    grad_W_up = (bottleneck.t() @ grad).mul_(spec.alpha)
-    if mask is not None and not spec.drop_input:
-        grad_bottleneck.mul_(mask)
-    grad_W_down = source.t() @ grad_bottleneck
-    grad_source = grad_bottleneck @ w.W_down.t()
-    if mask is not None and spec.drop_input:
-        grad_source.mul_(mask)
+    if spec.bottleneck_activation is not None:
+        assert scale is not None
+        grads, grad_into_h, grad_state = _backward_units(
+            spec, grad, h, state, scale, source, mask, bottleneck, w, needs_grad_h
+        )
+    else:
+        grads, grad_into_h, grad_state = _backward_linear(
+            spec, grad, h, state, scale, source, mask, bottleneck, w, needs_grad_h
+        )
     del source, mask
-
-    grads = StepWeights(W_down=grad_W_down, W_up=grad_W_up)
-    grad_into_h = None
-    if needs_grad_h:
-        grad_into_h = grad if spec.from_state else grad + grad_source
-    grad_state = grad_source if spec.from_state else grad_source.neg_()
-    if w.diagonal is not None:
-        grads = grads._replace(diagonal=(grad * scaled).sum(0).mul_(spec.alpha))
-        grad_state = grad_state.addcmul_(grad, w.diagonal, value=spec.alpha)
-    if scale is not None:
-        if grad_into_h is not None:
-            # The RMS has no slope at h = 0; as torch has it, that counts as 0.
-            smallest = torch.finfo(dtype).tiny
-            along = (grad_state * state).sum(-1, keepdim=True) / (scale.to(dtype) * h.shape[-1]).clamp_min(smallest)
-            grad_into_h = torch.addcmul(grad_into_h, along.to(dtype), h.to(dtype))
-        grad_state = grad_state.mul_(scale)
     if grad_s is not None:
         grad_state = grad_state.add_(grad_s.to(dtype))
     if updated is not None:
@@ -160,10 +157,101 @@ def backward(
     )
 
 
-def _source(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights, masks: Masks | None) -> tuple[Tensor, Tensor | None]:
+def _backward_linear(
+    spec: StepSpec,
+    grad: Tensor,
+    h: Tensor,
+    state: Tensor,
+    scale: Tensor | None,
+    source: Tensor,
+    mask: Tensor | None,
+    bottleneck: Tensor,
+    w: StepWeights,
+    needs_grad_h: bool,
+) -> tuple[StepWeights, Tensor | None, Tensor]:
+    """Through Eq. 4, 3 and 2: (gradients of the injection's weights, of h, of the state that met it)."""
+    dtype = grad.dtype
+    grad_bottleneck = (grad @ w.W_up.t()).mul_(spec.alpha)
+    grad_W_up = (bottleneck.t() @ grad).mul_(spec.alpha)
+    if mask is not None and not spec.drop_input:
+        grad_bottleneck.mul_(mask)
+    grad_W_down = source.t() @ grad_bottleneck
+    grad_source = grad_bottleneck @ w.W_down.t()
+    if mask is not None and spec.drop_input:
+        grad_source.mul_(mask)
+    grads = StepWeights(W_down=grad_W_down, W_up=grad_W_up)
+    grad_into_h = None
+    if needs_grad_h:
+        grad_into_h = grad if spec.from_state else grad + grad_source
+    grad_state = grad_source if spec.from_state else grad_source.neg_()
+    if w.diagonal is not None:
+        grads = grads._replace(diagonal=(grad * _scaled(state, scale)).sum(0).mul_(spec.alpha))
+        grad_state = grad_state.addcmul_(grad, w.diagonal, value=spec.alpha)
+    if scale is not None:
+        if grad_into_h is not None:
+            # The RMS has no slope at h = 0; as torch has it, that counts as 0.
+            smallest = torch.finfo(dtype).tiny
+            along = (grad_state * state).sum(-1, keepdim=True) / (scale.to(dtype) * h.shape[-1]).clamp_min(smallest)
+            grad_into_h = torch.addcmul(grad_into_h, along.to(dtype), h.to(dtype))
+        grad_state = grad_state.mul_(scale)
+    return grads, grad_into_h, grad_state
+
+
+def _backward_units(
+    spec: StepSpec,
+    grad: Tensor,
+    h: Tensor,
+    state: Tensor,
+    scale: Tensor,
+    source: Tensor,
+    mask: Tensor | None,
+    bottleneck: Tensor,
+    w: StepWeights,
+    needs_grad_h: bool,
+) -> tuple[StepWeights, Tensor | None, Tensor]:
+    """As :func:`_backward_linear`, through ``h + alpha rms(h) (act(bottleneck) W_up + v * s)``."""
+    assert spec.bottleneck_activation is not None
+    scale, state = scale.to(grad.dtype), state.to(grad.dtype)
+    grad_units = grad * (spec.alpha * scale)
+    grads = StepWeights(
+        W_down=w.W_down,  # replaced below
+        W_up=ACTIVATIONS[spec.bottleneck_activation](bottleneck).t() @ grad_units,
+        diagonal=None if w.diagonal is None else (grad_units * state).sum(0),
+    )
+    grad_bottleneck = (grad_units @ w.W_up.t()).mul_(_slope(spec.bottleneck_activation, bottleneck))
+    if mask is not None and not spec.drop_input:
+        grad_bottleneck.mul_(mask)
+    grads = grads._replace(W_down=source.t() @ grad_bottleneck)
+    grad_source = grad_bottleneck @ w.W_down.t()
+    if mask is not None and spec.drop_input:
+        grad_source.mul_(mask)
+    grad_into_h = None
+    if needs_grad_h:
+        along = (grad * _corrected_units(spec, bottleneck, state, w)).sum(-1, keepdim=True).mul_(spec.alpha)
+        grad_into_h = grad
+        safe = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        if not spec.from_state:
+            grad_into_h = grad + grad_source / safe
+            along = along - (grad_source * unit(h.to(grad.dtype), scale)).sum(-1, keepdim=True) / safe
+        # The RMS has no slope at h = 0; as torch has it, that counts as 0.
+        grad_into_h = torch.addcmul(grad_into_h, along / h.shape[-1], unit(h.to(grad.dtype), scale))
+    grad_state = grad_source if spec.from_state else grad_source.neg_()
+    if w.diagonal is not None:
+        grad_state = grad_state.addcmul_(grad_units, w.diagonal)
+    return grads, grad_into_h, grad_state
+
+
+def _source(
+    spec: StepSpec, h: Tensor, s: Tensor, scale: Tensor | None, w: StepWeights, masks: Masks | None
+) -> tuple[Tensor, Tensor | None]:
     """What W_down reads, [N, d], and the mask of the injection: applied already where it falls on the input."""
     dtype = w.W_down.dtype
-    source = (s if spec.from_state else discrepancy(h, s)).to(dtype)
+    if spec.bottleneck_activation is None:
+        s = _scaled(s, scale)
+        source = (s if spec.from_state else discrepancy(h, s)).to(dtype)
+    else:
+        assert scale is not None
+        source = s.to(dtype) if spec.from_state else unit(h, scale).to(dtype) - s.to(dtype)
     if masks is None or spec.inject_dropout == 0:
         return source, None
     shape = source.shape if spec.drop_input else torch.Size((source.shape[0], w.W_down.shape[1]))

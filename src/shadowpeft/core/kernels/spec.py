@@ -20,6 +20,7 @@ class StepSpec:
         inject_dropout, transform_dropout: probabilities in effect; 0 outside training.
         norm_eps: the LayerNorm's epsilon.
         scales_state: s is multiplied by the RMS of h wherever it meets h.
+        bottleneck_activation: ``silu`` or ``gelu`` behind W_down, which then reads h in units of its RMS; None: linear.
     """
 
     alpha: float
@@ -30,6 +31,7 @@ class StepSpec:
     transform_dropout: float = 0.0
     norm_eps: float = 1e-5
     scales_state: bool = False
+    bottleneck_activation: str | None = None
 
     @property
     def has_dropout(self) -> bool:
@@ -47,6 +49,7 @@ class StepSpec:
             transform_dropout=dropout if config.transform_dropout else 0.0,
             norm_eps=norm_eps,
             scales_state=config.scale_state,
+            bottleneck_activation=None if config.inject_activation == "none" else config.inject_activation,
         )
 
 

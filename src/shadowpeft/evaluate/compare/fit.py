@@ -39,8 +39,7 @@ def fit(
         arguments = training_arguments(config, Path(folder))
         arguments.max_steps = steps
         arguments.set_save(strategy="no")
-        multiplier = config.shadow_lr_multiplier  # says nothing to a model without a shadow
-        trainer = make_trainer(model, tokenizer, examples, arguments, callbacks=[], shadow_lr_multiplier=multiplier)
+        trainer = make_trainer(model, tokenizer, examples, arguments, callbacks=[])
         reset_peak_memory()
         started = time.perf_counter()
         trainer.train()
