@@ -81,7 +81,7 @@ def run_cell(given: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     shadow = ADAPTER.replace(**VARIANTS[cell.variant])
     config = TrainConfig(
         base="embedded", task=cell.task, data=data, output=str(folder), seed=cell.seed, batch_size=16,
-        learning_rate=1.5e-3, shadow=shadow, resume=(folder / RUN_FILE).is_file(), **TASKS[cell.task], **limits,
+        learning_rate=4.5e-3, shadow=shadow, resume=(folder / RUN_FILE).is_file(), **TASKS[cell.task], **limits,
     )  # fmt: skip
     done = train(config)
     if done.interrupted:

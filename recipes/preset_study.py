@@ -18,6 +18,12 @@ from shadowpeft.evaluate.record import data_revision, write_record
 from shadowpeft.model import ShadowModel
 from shadowpeft.train.tasks import TASKS
 
+# How the correction is made, and its training: `linear` is what `recommended` was before it got an activation.
+FORMULAS: dict[str, dict[str, Any]] = {
+    "linear": {"inject_activation": "none", "shadow_lr_multiplier": 1.0},
+    "recommended": {},
+}
+LINEAR_RATE = 1.5e-3
 # (lambda, alpha): first the weight of the shadow's own loss was searched, then that of the correction.
 CHANGES = tuple(
     {"auxiliary_loss_weight": weight, "shadow_alpha": alpha}
@@ -33,16 +39,18 @@ def changed(text: str) -> dict[str, Any]:
 
 def measured(given: argparse.Namespace, task: str, changes: dict[str, Any]) -> dict[str, Any]:
     """Exact answers of validation rows, after a training with ``changes`` to the study's shadow."""
-    name = "-".join(f"{field}-{value:g}" for field, value in changes.items())
-    shadow = system_study.SHADOW.replace(**changes)
+    name = "-".join([given.formula, *(f"{field}-{value:g}" for field, value in changes.items())])
+    shadow = system_study.SHADOW.replace(**FORMULAS[given.formula], **changes)
     own = argparse.Namespace(**{**vars(given), "work": given.work / name, "shadow": shadow})
+    if given.formula == "linear":
+        own.learning_rate = LINEAR_RATE
     config = system_study.training(own, task)
     loaded = load_served([f"cloud={system_study.shadow_of(own, task)}"])
     assert isinstance(loaded.model, ShadowModel)
     rows = system_study.rows_of(given, task, "validation", given.rows)
     scores = score_modes(loaded.model, loaded.tokenizer, TASKS[task], rows, modes=MODES, max_length=config.max_length)
     found = {mode: {"score": score.metrics[score.headline], "interval": score.interval} for mode, score in scores.items()}
-    return {"task": task, "changes": changes, "steps": config.max_steps, "num_rows": len(rows),
+    return {"task": task, "formula": given.formula, "changes": changes, "steps": config.max_steps, "num_rows": len(rows),
             "rows_revision": data_revision(rows), "seed": config.seed, **found}  # fmt: skip
 
 
@@ -50,6 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with a folder for each task; default: the hub")
     parser.add_argument("--tasks", default="robot,clinc150,home_commands")
+    parser.add_argument("--formula", choices=FORMULAS, default="linear")
     parser.add_argument("--change", type=changed, nargs="+", default=list(CHANGES), metavar="FIELD=VALUE")
     parser.add_argument("--work", type=Path, default=Path("runs/preset_study"))
     parser.add_argument("--out", type=Path, default=Path("results/preset_study.json"))
@@ -63,7 +72,7 @@ def main() -> None:
     cells = json.loads(given.out.read_text(encoding="utf-8"))["cells"] if given.out.is_file() else []
     for task in given.tasks.split(","):
         steps = given.steps or system_study.STEPS[task]
-        done = [cell["changes"] for cell in cells if (cell["task"], cell["steps"]) == (task, steps)]
+        done = [cell["changes"] for cell in cells if (cell["task"], cell["steps"], cell["formula"]) == (task, steps, given.formula)]
         for changes in [each for each in given.change if each not in done]:
             cells.append(measured(given, task, changes))
             write_record(given.out, {"cells": cells})

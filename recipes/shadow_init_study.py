@@ -163,7 +163,7 @@ def fine_tuning(given: argparse.Namespace, task: str, seed: int, **options: Any)
     data = None if given.data is None or task == "robot" else str(given.data / task)
     limits = {"limit_train": 64, "limit_eval": 8} if given.tiny else {"limit_eval": given.limit_eval}
     return TrainConfig(**{"base": given.base, **options}, task=task, data=data, max_steps=given.steps, seed=seed, batch_size=16,
-                       learning_rate=1.5e-3, max_length=64, **limits)  # fmt: skip
+                       learning_rate=4.5e-3, max_length=64, **limits)  # fmt: skip
 
 
 def run_alone(given: argparse.Namespace, task: str, seed: int, small: Path) -> dict[str, Any]:

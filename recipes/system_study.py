@@ -43,7 +43,7 @@ from shadowpeft.train.tasks import TASKS
 
 # The demonstration's settings for every task, shadow and LoRA alike but for the learning rate. About 40 minutes on two
 # cores with nothing else to do: robot as long as the demonstration, CLINC150 a good epoch, the home commands almost two.
-SETTINGS: dict[str, Any] = {"learning_rate": 1.5e-3, "batch_size": 16, "max_length": 64, "seed": 0, "save_every": 100}
+SETTINGS: dict[str, Any] = {"learning_rate": 4.5e-3, "batch_size": 16, "max_length": 64, "seed": 0, "save_every": 100}
 STEPS = {"robot": 837, "clinc150": 1200, "home_commands": 900}
 SHADOW = ShadowConfig.preset("recommended")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -83,8 +83,8 @@ def training(given: argparse.Namespace, task: str) -> TrainConfig:
     place, folder = data_of(given, task), given.work / task / "shadow"
     return TrainConfig(base="embedded", task=task, data=None if place is None else str(place), output=str(folder),
                        max_steps=given.steps or STEPS[task], resume=(folder / RUN_FILE).is_file(),
-                       limit_train=64 if given.tiny else None, **SETTINGS,
-                       shadow=given.shadow)  # fmt: skip
+                       limit_train=64 if given.tiny else None, shadow=given.shadow,
+                       **SETTINGS | {name: vars(given)[name] for name in SETTINGS if name in vars(given)})  # fmt: skip
 
 
 def shadow_of(given: argparse.Namespace, task: str) -> Path:

@@ -13,7 +13,7 @@ DEMO: dict[str, Any] = {
     "task": "robot",
     "output": "runs/demo",
     "epochs": 3.0,
-    "learning_rate": 1.5e-3,
+    "learning_rate": 4.5e-3,
     "batch_size": 16,
     "max_length": 64,
     "shadow": {"preset": "recommended"},
