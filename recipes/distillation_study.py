@@ -25,8 +25,10 @@ from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import prompt_ids
 from shadowpeft.train.run import Trained, train
 
-# Lambda is what the preset had when this study was made.
-ADAPTER = ShadowConfig.preset("recommended", auxiliary_loss_weight=0.5)
+# The preset as it was when this study was made.
+ADAPTER = ShadowConfig.preset(
+    "recommended", auxiliary_loss_weight=0.5, shadow_alpha=1.0, inject_activation="none", shadow_lr_multiplier=1.0
+)
 VARIANTS = {
     "none": {},
     "KL 0.5": {"distillation_weight": 0.5},
@@ -81,7 +83,7 @@ def run_cell(given: argparse.Namespace, cell: Cell) -> dict[str, Any]:
     shadow = ADAPTER.replace(**VARIANTS[cell.variant])
     config = TrainConfig(
         base="embedded", task=cell.task, data=data, output=str(folder), seed=cell.seed, batch_size=16,
-        learning_rate=4.5e-3, shadow=shadow, resume=(folder / RUN_FILE).is_file(), **TASKS[cell.task], **limits,
+        learning_rate=1.5e-3, shadow=shadow, resume=(folder / RUN_FILE).is_file(), **TASKS[cell.task], **limits,
     )  # fmt: skip
     done = train(config)
     if done.interrupted:

@@ -72,7 +72,8 @@ def main() -> None:
     cells = json.loads(given.out.read_text(encoding="utf-8"))["cells"] if given.out.is_file() else []
     for task in given.tasks.split(","):
         steps = given.steps or system_study.STEPS[task]
-        done = [cell["changes"] for cell in cells if (cell["task"], cell["steps"], cell["formula"]) == (task, steps, given.formula)]
+        same = {"task": task, "steps": steps, "formula": given.formula}
+        done = [cell["changes"] for cell in cells if same.items() <= cell.items()]
         for changes in [each for each in given.change if each not in done]:
             cells.append(measured(given, task, changes))
             write_record(given.out, {"cells": cells})

@@ -43,8 +43,10 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 COMPANION = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 8, **HEADS}
 TINY_COMPANION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, **HEADS}
 # Equal fine-tuning, as in the demonstration.
-# Lambda is what the preset had when this study was made, so that LEADING stands beside it.
-ADAPTER = ShadowConfig.preset("recommended").replace(freeze_embeddings=False, auxiliary_loss_weight=0.5)
+# The preset as it was when this study was made, so that LEADING stands beside it.
+ADAPTER = ShadowConfig.preset("recommended").replace(
+    freeze_embeddings=False, auxiliary_loss_weight=0.5, shadow_alpha=1.0, inject_activation="none", shadow_lr_multiplier=1.0
+)
 INITIALISATIONS = ("random", "truncated", "pretrained")
 # The pretrained shadow again, its own loss so heavy that it leads: what the detached shadow can be beside an attached one.
 LEADING = "pretrained, lambda 20"
@@ -163,7 +165,7 @@ def fine_tuning(given: argparse.Namespace, task: str, seed: int, **options: Any)
     data = None if given.data is None or task == "robot" else str(given.data / task)
     limits = {"limit_train": 64, "limit_eval": 8} if given.tiny else {"limit_eval": given.limit_eval}
     return TrainConfig(**{"base": given.base, **options}, task=task, data=data, max_steps=given.steps, seed=seed, batch_size=16,
-                       learning_rate=4.5e-3, max_length=64, **limits)  # fmt: skip
+                       learning_rate=1.5e-3, max_length=64, **limits)  # fmt: skip
 
 
 def run_alone(given: argparse.Namespace, task: str, seed: int, small: Path) -> dict[str, Any]:

@@ -192,12 +192,14 @@ def with_range(score: dict[str, float]) -> str:
 
 def preset_table() -> str:
     """recipes/preset_study.py: exact answers of validation rows after trainings of full length."""
-    lines = ["| task | steps | changed | attached | 95% interval | detached | rows |", "|---|---:|---|---:|---:|---:|---:|"]
+    columns = ("task", "steps", "correction", "weights", "attached", "95% interval", "detached", "rows")
+    lines = [f"| {' | '.join(columns)} |", "|---|---:|---|---|" + "---:|" * 4]
     for cell in result("preset_study")["cells"]:
         low, high = cell["attached"]["interval"]
         attached, detached = (percent(cell[mode]["score"]) for mode in ("attached", "detached"))
         shown = f"{attached} | {percent(low)} - {percent(high)} | {detached}"
-        lines.append(f"| {cell['task']} | {cell['steps']:,} | {described(cell['changes'])} | {shown} | {cell['num_rows']} |")
+        made = f"{'linear' if cell['formula'] == 'linear' else 'SiLU'} | {described(cell['changes'])}"
+        lines.append(f"| {cell['task']} | {cell['steps']:,} | {made} | {shown} | {cell['num_rows']} |")
     return "\n".join(lines)
 
 
@@ -218,8 +220,11 @@ def trials_table(name: str) -> str:
     return "\n".join(lines)
 
 
+SHORT = {"auxiliary_loss_weight": "lambda", "shadow_alpha": "alpha"}
+
+
 def described(setting: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+    return ", ".join(f"{SHORT.get(name, name)} {value:g}" for name, value in setting.items())
 
 
 def losses(trial: dict[str, Any]) -> str:

@@ -290,4 +290,4 @@ def test_the_demo_runs_on_the_base_that_comes_with_the_package(bench, shadowpeft
     assert code == 0, err
     assert "accuracy on 4 test rows" in out
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert (report["config"]["base"], report["config"]["shadow"]["shadow_alpha"]) == ("embedded", 1.0)
+    assert (report["config"]["base"], report["config"]["shadow"]["shadow_alpha"]) == ("embedded", 4.0)

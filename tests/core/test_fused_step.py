@@ -86,11 +86,15 @@ def test_values_and_all_gradients_equal_plain_autograd_under_the_same_masks(vari
     assert_close(outcome(made, plain=False), outcome(made, plain=True))
 
 
+ACTIVATED = {"scale_state": True, "inject_activation": "silu", "inject_diagonal": True}
+
+
+@pytest.mark.parametrize("formula", [{}, ACTIVATED], ids=["paper", "activated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_narrow_states_agree_to_their_rounding(dtype):
+def test_narrow_states_agree_to_their_rounding(dtype, formula):
     """In fp32 to torch's default tolerance. In bf16 the wide results are rounded to 8 bits at the same places in both
     paths, but gradients of s are added up in fp32 here and after rounding there: two roundings of 2^-8 a step."""
-    made = network(torch.float32, shadow_dropout=0.4)
+    made = network(torch.float32, shadow_dropout=0.4, **formula)
     tolerance = {} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.05}
     assert_close(outcome(made, dtype, plain=False), outcome(made, dtype, plain=True), **tolerance)
 
@@ -145,6 +149,15 @@ def test_one_step_keeps_its_output_the_old_state_and_the_bottleneck_only():
     assert kept.pop(h_out.untyped_storage().data_ptr())
     assert kept.pop(s.untyped_storage().data_ptr())
     assert list(kept.values()) == [B * T * made.config.r * 8]
+
+
+def test_a_step_with_an_activation_keeps_the_scale_of_each_token_beside_that():
+    made = network(shadow_dropout=0.4, **ACTIVATED).train()
+    h, s = states()
+    (h_out, s_out), kept = saved_bytes(lambda: made.step(2, h.requires_grad_(), s.requires_grad_()))
+    for tensor in (*made.parameters(), h_out, s, s_out):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    assert sorted(kept.values()) == [B * T * 8, B * T * made.config.r * 8]
 
 
 def test_sixteen_bit_states_keep_the_input_itself_so_that_nothing_is_rounded_twice():
@@ -234,8 +247,9 @@ def test_the_choice_of_an_implementation_comes_with_its_reason(options, name, re
     assert reason in found[1]
 
 
-def test_a_state_scaled_by_a_zero_h_has_finite_gradients_like_plain_autograd():
-    made = network(scale_state=True, shadow_dropout=0.0, adapter_dtype="float64").train()
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_a_state_scaled_by_a_zero_h_has_finite_gradients_like_plain_autograd(activation):
+    made = network(scale_state=True, inject_activation=activation, shadow_dropout=0.0, adapter_dtype="float64").train()
     gradients = []
     for plain in (False, True):
         h, s = torch.zeros(1, 2, D, dtype=torch.float64, requires_grad=True), states()[1][:1, :2].requires_grad_()

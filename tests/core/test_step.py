@@ -68,6 +68,13 @@ def test_an_activation_stands_in_the_bottleneck_and_works_in_units_of_h(activati
     assert_close(zero, torch.zeros_like(h))
 
 
+def test_with_an_activation_w_down_starts_where_inputs_of_size_one_give_such_outputs():
+    torch.manual_seed(0)
+    config = tiny_config(scale_state=True, inject_activation="silu", r=64)
+    weight = Injection(400, config).W_down
+    assert weight.std().item() == pytest.approx(400**-0.5, rel=0.03)  # 4.5 standard errors of 25,600 draws
+
+
 def test_an_activation_needs_the_unit_of_h():
     with pytest.raises(ConfigError, match="scale_state"):
         tiny_config(inject_activation="silu")

@@ -92,7 +92,8 @@ def spread(base):
     return base
 
 
-CONFIGS = [{}, {"scale_state": True, "inject_diagonal": True}, {"first_block": 2}, {"shadow_dropout": 0.1}]
+ACTIVATED = {"scale_state": True, "inject_diagonal": True, "inject_activation": "silu"}
+CONFIGS = [{}, ACTIVATED, {"first_block": 2}, {"shadow_dropout": 0.1}]
 
 
 @pytest.mark.parametrize("config", CONFIGS)

@@ -23,7 +23,8 @@ from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.run import train
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "accelerate"
-SHADOW = {"shadow_intermediate_size": 24, "shadow_dropout": 0.0}
+# Of two learning rates, so that optimizer states of split groups are saved, cut into shards and resumed.
+SHADOW = {"shadow_intermediate_size": 24, "shadow_dropout": 0.0, "shadow_lr_multiplier": 0.3}
 RUN = {"task": "intent", "limit_train": 16, "max_steps": 6, "log_every": 1, "save_every": 3}
 
 

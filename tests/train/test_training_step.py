@@ -10,6 +10,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, DataCollato
 from models import enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.errors import ConfigError
+from shadowpeft.model.checkpoint import restore_weights
+from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.trainer import ShadowTrainer
 
 pytestmark = pytest.mark.contract
@@ -242,6 +244,23 @@ def test_training_runs_with_a_multiplier_and_its_schedule(tmp_path):
     before = [p.detach().clone() for p in model.network().backbone.parameters()]
     trainer(tmp_path, model, multiplier=0.0).train()
     assert all(torch.equal(a, b) for a, b in zip(before, model.network().backbone.parameters(), strict=True))
+
+
+def test_a_multiplier_among_the_settings_of_an_older_run_is_the_adapters():
+    old = TrainConfig.from_dict({"shadow_lr_multiplier": 0.5, "shadow": {"preset": "recommended", "r": 3}})
+    assert (old.shadow.shadow_lr_multiplier, old.shadow.r) == (0.5, 3)
+    flag = TrainConfig.from_dict({"shadow_lr_multiplier": 0.5, "shadow": {"shadow_lr_multiplier": 0.7}})
+    assert flag.shadow.shadow_lr_multiplier == 0.7
+    given = TrainConfig.from_dict({"shadow_lr_multiplier": 0.5, "shadow": ShadowConfig(r=3)})
+    assert (given.shadow.shadow_lr_multiplier, given.shadow.r) == (0.5, 3)
+
+
+def test_a_checkpoint_that_does_not_say_the_multiplier_can_be_gone_on_from(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    other = adapted(shadow_lr_multiplier=0.5)
+    restore_weights(other.network(), tmp_path)
+    assert_close(other.network().state_dict(), model.network().state_dict())
 
 
 def test_a_negative_multiplier_is_refused():

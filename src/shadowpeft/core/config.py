@@ -56,7 +56,9 @@ class ShadowConfig:
     shadow_alpha: float = _field(0.1, "scale of the injected correction, used as it is (not divided by r)")
     shadow_dropout: float = _field(0.2, "dropout of the injection and of the transform")
     dropout_at: Literal["bottleneck", "input"] = _field("bottleneck", "drop after W_down, or the d-wide input of it")
-    down_init: Literal["normal", "linear"] = _field("normal", "W_down ~ N(0, 0.02^2), or torch's nn.Linear default")
+    down_init: Literal["normal", "linear"] = _field(
+        "normal", "W_down ~ N(0, 0.02^2) (N(0, 1/d) with inject_activation), or torch's nn.Linear default"
+    )
     inject_from: Literal["difference", "state"] = _field("difference", "correct from h - s (Eq. 2) or from s alone")
     first_block: int = _field(1, "index of the first block whose input is corrected")
     scale_state: bool = _field(
@@ -80,7 +82,9 @@ class ShadowConfig:
 
     # Training
     auxiliary_loss_weight: float = _field(0.05, "lambda: weight of the shadow's own loss (Eq. 8-9)")
-    shadow_lr_multiplier: float = _field(1.0, "learning rate of the shadow backbone, as a multiple of the others'")
+    shadow_lr_multiplier: float = _field(
+        1.0, "learning rate of the shadow backbone, as a multiple of the others'; only ShadowTrainer follows it"
+    )
     distillation_weight: float = _field(
         0.0, "weight of KL(attached || shadow) over the next tokens, which makes the shadow a better draft; 0: off"
     )

@@ -63,12 +63,13 @@ def correct(injection: "Injection", h: Tensor, s: Tensor) -> Tensor:
     config = injection.config
     W_down, W_up = injection.W_down, injection.W_up
     if config.inject_activation != "none":
-        scale, s = rms(h), s.to(W_down.dtype)
-        source = unit(h, scale).to(W_down.dtype) - s if config.inject_from == "difference" else s
+        s = s.to(W_down.dtype)
+        scale = rms(h).to(s.dtype)
+        source = unit(h.to(s.dtype), scale) - s if config.inject_from == "difference" else s
         added = ACTIVATIONS[config.inject_activation](source @ W_down) @ W_up
         if injection.diagonal is not None:
             added = added.addcmul_(injection.diagonal, s)
-        return torch.add(h, added.mul_(scale.to(added.dtype)).to(h.dtype), alpha=config.shadow_alpha)
+        return torch.add(h, added.mul_(scale).to(h.dtype), alpha=config.shadow_alpha)
     if config.scale_state:
         s = s * rms(h)
     source = h - s if config.inject_from == "difference" else s

@@ -112,8 +112,9 @@ class Injection(nn.Module):
     def _activated(self, h: Tensor, s: Tensor, dropout: float) -> Tensor:
         """``rms(h) * (act(Dropout((h / rms(h) - s) W_down)) W_up + v * s)``, [B, T, d]."""
         config = self.config
-        scale, s = rms(h), s.to(self.W_down.dtype)
-        source = unit(h, scale).to(s.dtype) - s if config.inject_from == "difference" else s
+        s = s.to(self.W_down.dtype)
+        scale = rms(h).to(s.dtype)
+        source = unit(h.to(s.dtype), scale) - s if config.inject_from == "difference" else s
         drops_input = config.dropout_at == "input"
         source = F.dropout(source, dropout) if drops_input else source
         hidden = source @ self.W_down
@@ -121,7 +122,7 @@ class Injection(nn.Module):
         added = ACTIVATIONS[config.inject_activation](hidden) @ self.W_up
         if self.diagonal is not None:
             added = added + self.diagonal * s
-        return added * scale.to(added.dtype)
+        return added * scale
 
 
 class Update(nn.Module):

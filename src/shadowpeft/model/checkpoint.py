@@ -165,8 +165,10 @@ def restore_weights(network: ShadowNetwork, folder: Path) -> None:
     """
     described = read_config(folder)
     saved = ShadowConfig.from_dict(described["shadow"])
-    if saved != network.config:
-        changed = [key for key, value in saved.to_dict().items() if value != network.config.to_dict()[key]]
+    # A run's own setting once, which its adapters did not say.
+    same = saved.replace(shadow_lr_multiplier=network.config.shadow_lr_multiplier)
+    if same != network.config:
+        changed = [key for key, value in same.to_dict().items() if value != network.config.to_dict()[key]]
         raise CheckpointError(
             f"{folder} was saved with another shadow config (differs in {', '.join(changed)}); resume with the same one"
         )

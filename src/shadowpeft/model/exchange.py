@@ -138,6 +138,10 @@ def write_checkpoint(
     files.write_files(folder, write)
 
 
+# Settings of training alone, which neither peer has.
+NO_PEER_HAS = ("shadow_lr_multiplier", "distillation_weight")
+
+
 def training_notes(config: ShadowConfig, lost: tuple[str, ...]) -> list[str]:
     """One line for each field of ``lost`` that is not at its default."""
     default = ShadowConfig()

@@ -12,6 +12,7 @@ from shadowpeft.model.architectures import architecture_of, decoder_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.convert import from_authors, to_authors
 from shadowpeft.model.exchange import (
+    NO_PEER_HAS,
     Written,
     check_rebuilt,
     common_dtype,
@@ -114,7 +115,7 @@ def write_authors(base: PreTrainedModel, network: ShadowNetwork, folder: Path) -
     config, decoder, shadow = network.config, decoder_of(base).config, network.backbone.config
     tensors = to_authors(network)
     sizes = sizes_of(decoder, shadow, _AUTHORS_SIZES)
-    notes = training_notes(config, ("auxiliary_loss_weight", "freeze_backbone"))
+    notes = training_notes(config, ("auxiliary_loss_weight", "freeze_backbone", *NO_PEER_HAS))
     if config.is_explicit:
         sizes = dict.fromkeys(sizes, None) | {"num_hidden_layers": shadow.num_hidden_layers}
         notes.append(f"the format does not name the explicit shadow; load with shadow_model= {config.shadow_model!r}")

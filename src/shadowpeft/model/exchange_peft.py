@@ -13,6 +13,7 @@ from shadowpeft.model.architectures import blocks_of, decoder_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.convert import blocks_path, from_peft, to_peft
 from shadowpeft.model.exchange import (
+    NO_PEER_HAS,
     Written,
     check_rebuilt,
     common_dtype,
@@ -150,7 +151,7 @@ def write_peft(base: PreTrainedModel, network: ShadowNetwork, folder: Path) -> W
     config, decoder, shadow = network.config, decoder_of(base).config, network.backbone.config
     blocks = blocks_path(base)
     tensors = to_peft(network, blocks=blocks)
-    notes = training_notes(config, ("freeze_embeddings", "freeze_backbone"))
+    notes = training_notes(config, ("freeze_embeddings", "freeze_backbone", *NO_PEER_HAS))
     sizes: dict[str, int | None] = dict.fromkeys(_PEFT_SIZES)
     if not config.is_explicit:
         sizes = sizes_of(decoder, shadow, _PEFT_SIZES)

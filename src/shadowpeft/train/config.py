@@ -11,6 +11,8 @@ from shadowpeft.core import ShadowConfig
 from shadowpeft.core.config import check_keys, check_types, require
 from shadowpeft.errors import ConfigError
 
+# Settings that are the adapter's now and were the run's.
+MOVED = ("shadow_lr_multiplier",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 # Of transformers' schedules, those that need no arguments of their own.
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt")
@@ -69,9 +71,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
-        check_keys(values, {item.name for item in fields(cls)}, what="training config")
         values = dict(values)
+        moved = {name: values.pop(name) for name in MOVED if name in values}
+        check_keys(values, {item.name for item in fields(cls)}, what="training config")
         shadow = values.get("shadow", {})
+        if moved:  # as in the config.yaml of an older run
+            shadow = shadow.replace(**moved) if isinstance(shadow, ShadowConfig) else moved | _mapping(shadow, "shadow")
+            values["shadow"] = shadow
         if not isinstance(shadow, ShadowConfig):
             shadow = dict(_mapping(shadow, "shadow"))
             preset = shadow.pop("preset", "paper")

@@ -54,6 +54,7 @@ SHADOWS = {
     "two shadow blocks, narrower": {"shadow_num_hidden_layers": 2, "shadow_hidden_size": 32},
     "a block of the base": {"shadow_model": "base:first:1", "shadow_intermediate_size": None},
     "scaled, diagonal": {"scale_state": True, "inject_diagonal": True, "use_update": False},
+    "activation": {"scale_state": True, "inject_diagonal": True, "inject_activation": "silu", "use_update": False},
     "distilled": {"distillation_weight": 0.5},
 }
 

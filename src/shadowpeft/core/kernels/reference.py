@@ -133,19 +133,8 @@ def backward(
     updated = None if w.W_T1 is None else _updated(spec, h, s, w, masks)
     state = s if updated is None else updated.state.to(s.dtype)
     scale = rms(h) if spec.scales_state else None
-    source, mask = _source(spec, h, state, scale, w, masks)
-
-    grad = grad_h.to(dtype)
-    if spec.bottleneck_activation is not None:
-        assert scale is not None
-        grads, grad_into_h, grad_state = _backward_units(
-            spec, grad, h, state, scale, source, mask, bottleneck, w, needs_grad_h
-        )
-    else:
-        grads, grad_into_h, grad_state = _backward_linear(
-            spec, grad, h, state, scale, source, mask, bottleneck, w, needs_grad_h
-        )
-    del source, mask
+    through = _backward_linear if spec.bottleneck_activation is None else _backward_units
+    grads, grad_into_h, grad_state = through(spec, grad_h.to(dtype), h, state, scale, masks, bottleneck, w, needs_grad_h)
     if grad_s is not None:
         grad_state = grad_state.add_(grad_s.to(dtype))
     if updated is not None:
@@ -163,14 +152,14 @@ def _backward_linear(
     h: Tensor,
     state: Tensor,
     scale: Tensor | None,
-    source: Tensor,
-    mask: Tensor | None,
+    masks: Masks | None,
     bottleneck: Tensor,
     w: StepWeights,
     needs_grad_h: bool,
 ) -> tuple[StepWeights, Tensor | None, Tensor]:
     """Through Eq. 4, 3 and 2: (gradients of the injection's weights, of h, of the state that met it)."""
     dtype = grad.dtype
+    source, mask = _source(spec, h, state, scale, w, masks)
     grad_bottleneck = (grad @ w.W_up.t()).mul_(spec.alpha)
     grad_W_up = (bottleneck.t() @ grad).mul_(spec.alpha)
     if mask is not None and not spec.drop_input:
@@ -179,6 +168,8 @@ def _backward_linear(
     grad_source = grad_bottleneck @ w.W_down.t()
     if mask is not None and spec.drop_input:
         grad_source.mul_(mask)
+    del source, mask
+
     grads = StepWeights(W_down=grad_W_down, W_up=grad_W_up)
     grad_into_h = None
     if needs_grad_h:
@@ -202,39 +193,40 @@ def _backward_units(
     grad: Tensor,
     h: Tensor,
     state: Tensor,
-    scale: Tensor,
-    source: Tensor,
-    mask: Tensor | None,
+    scale: Tensor | None,
+    masks: Masks | None,
     bottleneck: Tensor,
     w: StepWeights,
     needs_grad_h: bool,
 ) -> tuple[StepWeights, Tensor | None, Tensor]:
     """As :func:`_backward_linear`, through ``h + alpha rms(h) (act(bottleneck) W_up + v * s)``."""
-    assert spec.bottleneck_activation is not None
+    assert spec.bottleneck_activation is not None and scale is not None
+    source, mask = _source(spec, h, state, scale, w, masks)
     scale, state = scale.to(grad.dtype), state.to(grad.dtype)
     grad_units = grad * (spec.alpha * scale)
-    grads = StepWeights(
-        W_down=w.W_down,  # replaced below
-        W_up=ACTIVATIONS[spec.bottleneck_activation](bottleneck).t() @ grad_units,
-        diagonal=None if w.diagonal is None else (grad_units * state).sum(0),
-    )
+    grad_W_up = ACTIVATIONS[spec.bottleneck_activation](bottleneck).t() @ grad_units
     grad_bottleneck = (grad_units @ w.W_up.t()).mul_(_slope(spec.bottleneck_activation, bottleneck))
     if mask is not None and not spec.drop_input:
         grad_bottleneck.mul_(mask)
-    grads = grads._replace(W_down=source.t() @ grad_bottleneck)
+    grad_W_down = source.t() @ grad_bottleneck
     grad_source = grad_bottleneck @ w.W_down.t()
     if mask is not None and spec.drop_input:
         grad_source.mul_(mask)
+    del source, mask
+
+    grads = StepWeights(W_down=grad_W_down, W_up=grad_W_up)
     grad_into_h = None
     if needs_grad_h:
         along = (grad * _corrected_units(spec, bottleneck, state, w)).sum(-1, keepdim=True).mul_(spec.alpha)
-        grad_into_h = grad
-        safe = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+        direction, grad_into_h = unit(h.to(grad.dtype), scale), grad
         if not spec.from_state:
-            grad_into_h = grad + grad_source / safe
-            along = along - (grad_source * unit(h.to(grad.dtype), scale)).sum(-1, keepdim=True) / safe
+            safe = scale.clamp_min(torch.finfo(scale.dtype).tiny)
+            along -= (grad_source * direction).sum(-1, keepdim=True) / safe
+            grad_into_h = torch.addcdiv(grad, grad_source, safe)
         # The RMS has no slope at h = 0; as torch has it, that counts as 0.
-        grad_into_h = torch.addcmul(grad_into_h, along / h.shape[-1], unit(h.to(grad.dtype), scale))
+        grad_into_h = torch.addcmul(grad_into_h, along / h.shape[-1], direction)
+    if w.diagonal is not None:
+        grads = grads._replace(diagonal=(grad_units * state).sum(0))
     grad_state = grad_source if spec.from_state else grad_source.neg_()
     if w.diagonal is not None:
         grad_state = grad_state.addcmul_(grad_units, w.diagonal)
@@ -251,7 +243,7 @@ def _source(
         source = (s if spec.from_state else discrepancy(h, s)).to(dtype)
     else:
         assert scale is not None
-        source = s.to(dtype) if spec.from_state else unit(h, scale).to(dtype) - s.to(dtype)
+        source = s.to(dtype) if spec.from_state else unit(h.to(dtype), scale.to(dtype)) - s.to(dtype)
     if masks is None or spec.inject_dropout == 0:
         return source, None
     shape = source.shape if spec.drop_input else torch.Size((source.shape[0], w.W_down.shape[1]))

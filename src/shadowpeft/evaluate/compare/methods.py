@@ -39,11 +39,18 @@ def trials_of(method: MethodSpec, count: int, given: Sequence[dict[str, float]] 
     trials = []
     for index in range(count):
         places = [(index + 0.5) / count, (0.5 + index * _STEP) % 1]
-        ranges = RANGES[method.kind].items()
+        ranges = ranges_of(method).items()
         trials.append(
             {name: _between(low, high, place) for (name, (low, high)), place in zip(ranges, places, strict=False)}
         )
     return trials if RANGES[method.kind] else [{}]
+
+
+def ranges_of(method: MethodSpec) -> dict[str, tuple[float, float]]:
+    """The ranges that a method's settings are spread over: ``recommended`` has an alpha, and a higher rate for its steps."""
+    if method.kind == "shadow" and method.shadow.get("preset") == "recommended":
+        return {"learning_rate": (7e-4, 2.4e-2)}
+    return RANGES[method.kind]
 
 
 def _between(low: float, high: float, place: float) -> float:
