@@ -181,6 +181,8 @@ def scaling_table(name: str, base: str) -> str:
     lines = [f"| task | method | {' | '.join(f'{budget:,}' for budget in budgets)} |", "|---|---|" + "---:|" * len(budgets)]
     for task, method in dict.fromkeys((row["scored"], row["method"]) for row in rows):
         cells = [found.get((task, method, budget)) for budget in budgets]
+        if sum(cell is not None for cell in cells) < 2:
+            continue  # of a task whose other budgets are still to be run, the main table's alone
         shown = ["-" if row is None else with_range(row["score"]) for row in cells]
         lines.append(f"| {task} | {NAMES.get(method, method)} | {' | '.join(shown)} |")
     return "\n".join(lines)
