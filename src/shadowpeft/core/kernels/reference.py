@@ -90,19 +90,14 @@ def _lifted(spec: StepSpec, bottleneck: Tensor, s: Tensor | None, scale: Tensor 
     """Eq. 3 from its bottleneck on, and the diagonal's part, [N, d]; ``s`` is read only where there is one."""
     if spec.bottleneck_activation is not None:
         assert scale is not None
-        lifted = _corrected_units(spec, bottleneck, s, w)
+        lifted = _raised(ACTIVATIONS[spec.bottleneck_activation](bottleneck), s, w)
         return lifted.mul_(scale.to(lifted.dtype))
-    lifted = bottleneck @ w.W_up
-    if w.diagonal is None:
-        return lifted
-    assert s is not None
-    return lifted.addcmul_(w.diagonal, _scaled(s, scale).to(lifted.dtype))
+    return _raised(bottleneck, None if s is None or w.diagonal is None else _scaled(s, scale), w)
 
 
-def _corrected_units(spec: StepSpec, bottleneck: Tensor, s: Tensor | None, w: StepWeights) -> Tensor:
-    """The correction behind an activation, in units of the RMS of h, [N, d]."""
-    assert spec.bottleneck_activation is not None
-    lifted = ACTIVATIONS[spec.bottleneck_activation](bottleneck) @ w.W_up
+def _raised(hidden: Tensor, s: Tensor | None, w: StepWeights) -> Tensor:
+    """``hidden W_up + v * s``, [N, d], without the second part where there is no v."""
+    lifted = hidden @ w.W_up
     if w.diagonal is None:
         return lifted
     assert s is not None
@@ -159,16 +154,9 @@ def _backward_linear(
 ) -> tuple[StepWeights, Tensor | None, Tensor]:
     """Through Eq. 4, 3 and 2: (gradients of the injection's weights, of h, of the state that met it)."""
     dtype = grad.dtype
-    source, mask = _source(spec, h, state, scale, w, masks)
     grad_bottleneck = (grad @ w.W_up.t()).mul_(spec.alpha)
     grad_W_up = (bottleneck.t() @ grad).mul_(spec.alpha)
-    if mask is not None and not spec.drop_input:
-        grad_bottleneck.mul_(mask)
-    grad_W_down = source.t() @ grad_bottleneck
-    grad_source = grad_bottleneck @ w.W_down.t()
-    if mask is not None and spec.drop_input:
-        grad_source.mul_(mask)
-    del source, mask
+    grad_W_down, grad_source = _backward_down(spec, grad_bottleneck, *_source(spec, h, state, scale, w, masks), w)
 
     grads = StepWeights(W_down=grad_W_down, W_up=grad_W_up)
     grad_into_h = None
@@ -201,23 +189,17 @@ def _backward_units(
 ) -> tuple[StepWeights, Tensor | None, Tensor]:
     """As :func:`_backward_linear`, through ``h + alpha rms(h) (act(bottleneck) W_up + v * s)``."""
     assert spec.bottleneck_activation is not None and scale is not None
-    source, mask = _source(spec, h, state, scale, w, masks)
-    scale, state = scale.to(grad.dtype), state.to(grad.dtype)
-    grad_units = grad * (spec.alpha * scale)
-    grad_W_up = ACTIVATIONS[spec.bottleneck_activation](bottleneck).t() @ grad_units
+    grad_units = grad * (spec.alpha * scale.to(grad.dtype))
+    hidden = ACTIVATIONS[spec.bottleneck_activation](bottleneck)
+    grad_W_up = hidden.t() @ grad_units
     grad_bottleneck = (grad_units @ w.W_up.t()).mul_(_slope(spec.bottleneck_activation, bottleneck))
-    if mask is not None and not spec.drop_input:
-        grad_bottleneck.mul_(mask)
-    grad_W_down = source.t() @ grad_bottleneck
-    grad_source = grad_bottleneck @ w.W_down.t()
-    if mask is not None and spec.drop_input:
-        grad_source.mul_(mask)
-    del source, mask
+    grad_W_down, grad_source = _backward_down(spec, grad_bottleneck, *_source(spec, h, state, scale, w, masks), w)
+    scale, state = scale.to(grad.dtype), state.to(grad.dtype)
 
     grads = StepWeights(W_down=grad_W_down, W_up=grad_W_up)
     grad_into_h = None
     if needs_grad_h:
-        along = (grad * _corrected_units(spec, bottleneck, state, w)).sum(-1, keepdim=True).mul_(spec.alpha)
+        along = (grad * _raised(hidden, state, w)).sum(-1, keepdim=True).mul_(spec.alpha)
         direction, grad_into_h = unit(h.to(grad.dtype), scale), grad
         if not spec.from_state:
             safe = scale.clamp_min(torch.finfo(scale.dtype).tiny)
@@ -231,6 +213,19 @@ def _backward_units(
     if w.diagonal is not None:
         grad_state = grad_state.addcmul_(grad_units, w.diagonal)
     return grads, grad_into_h, grad_state
+
+
+def _backward_down(
+    spec: StepSpec, grad_bottleneck: Tensor, source: Tensor, mask: Tensor | None, w: StepWeights
+) -> tuple[Tensor, Tensor]:
+    """Through W_down and the dropout on either side of it: (its gradient, that of what it read); changes its argument."""
+    if mask is not None and not spec.drop_input:
+        grad_bottleneck.mul_(mask)
+    grad_W_down = source.t() @ grad_bottleneck
+    grad_source = grad_bottleneck @ w.W_down.t()
+    if mask is not None and spec.drop_input:
+        grad_source.mul_(mask)
+    return grad_W_down, grad_source
 
 
 def _source(
