@@ -99,15 +99,27 @@ def test_every_trained_method_had_the_same_number_of_trials_on_validation_rows(e
 
 
 def test_the_chosen_setting_is_the_one_that_the_final_runs_train_with(everything):
-    found = {
-        (r["cell"]["base"], r["cell"]["task"], r["cell"]["method"]): r["chosen"]
-        for r in results_of(everything[1], "search")
-    }
-    for result in results_of(everything[1], "main"):
-        cell = result["cell"]
+    """Those of the main table from its search, those of another budget from one with as many weights."""
+    names = ("base", "task", "method", "variant")
+    found = {tuple(map(r["cell"].get, names)): r for r in results_of(everything[1], "search")}
+    assert {name[3] for name in found} == {None, "10000", "14000"}
+    for result in (*results_of(everything[1], "main"), *results_of(everything[1], "scaling")):
         if result["trainable"]:
-            assert result["setting"] == found[cell["base"], cell["task"], cell["method"]]
+            search = found[tuple(map(result["cell"].get, names))]
+            assert result["setting"] == search["chosen"]
             assert result["config"]["learning_rate"] == result["setting"]["learning_rate"]
+            assert search["cell"].get("parameters") == result["cell"].get("parameters")
+
+
+def test_scaling_without_a_search_takes_the_settings_of_the_main_table(everything):
+    recipe = read_recipe(everything[0])
+    settings = {**recipe.sections["scaling"], "search": False}
+    changed = dataclasses.replace(recipe, sections={**recipe.sections, "scaling": settings})
+    cells = [cell for cell in plan_cells(changed) if cell.section == "scaling"]
+    assert {needed for cell in cells for needed in cell.needs} == {f"search--tiny--e2e--{name}" for name in ("lora", "shadow")}
+    wrong = dataclasses.replace(recipe, sections={**recipe.sections, "scaling": {**settings, "search": "main"}})
+    with pytest.raises(ConfigError, match="search='main' is not valid; choose true"):
+        plan_cells(wrong)
 
 
 def test_the_report_shows_every_trial_and_marks_the_chosen_one(everything):

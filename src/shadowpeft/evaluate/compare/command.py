@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from shadowpeft.errors import ConfigError
@@ -83,11 +84,14 @@ def show_plan(store: Store, console: Console, sections: list[str] | None, *, mea
     lines = estimate(cells, store, measured)
     table = Table(title=f"{recipe.name}: {len(cells)} cells")
     for heading in ("section", "base", "task", "method", "variant"):
-        table.add_column(heading)
+        table.add_column(heading, overflow="fold")  # a name that is cut off is no use
     for heading in ("cells", "trained parameters", "of budget", "steps", "GiB", "hours"):
         table.add_column(heading, justify="right")
     for line in lines:
         table.add_row(line.section, line.base, line.task, line.method, line.variant, str(line.cells), *_sizes(line))
+    if not console.is_terminal:  # a file or a pipe: one line a row, however long
+        options = console.options.update(max_width=10_000)
+        console.width = max(console.width, Measurement.get(console, options, table).maximum)
     console.print(table)
     for problem in dict.fromkeys(line.problem for line in lines if line.problem):
         console.print(f"problem: {problem}", markup=False, soft_wrap=True)

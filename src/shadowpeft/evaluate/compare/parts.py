@@ -44,8 +44,9 @@ def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Par
     parts = []
     for base in dict.fromkeys(entry["base"] for entry in tables["main"]):
         parts += _main_parts(gathered.recipe, base, [entry for entry in tables["main"] if entry["base"] == base])
-    parts += [part for part in (_transfer_part(gathered.recipe, tables), _scaling_part(tables), _ablation_part(tables)) if part]
-    parts += [part for part in (_latency_part(tables), _cost_part(tables), _search_part(tables)) if part]
+    others = [_transfer_part(gathered.recipe, tables), _scaling_part(gathered.recipe, tables), _ablation_part(tables)]
+    others += [_latency_part(tables), _cost_part(tables), _search_part(tables)]
+    parts += [part for part in others if part]
     failed = _failed_part(gathered)
     return [*parts, failed] if failed else parts
 
@@ -101,12 +102,13 @@ def _transfer_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | Non
     return ("Transfer", text, columns, rows) if rows else None
 
 
-def _scaling_part(tables: dict[str, list[Entry]]) -> Part | None:
+def _scaling_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | None:
     rows = [
         [entry["base"], entry["scored"], entry["method"], f"{entry['trainable']:,}", _score(entry["score"])]
         for entry in sorted(tables["scaling"], key=lambda e: (e["base"], e["scored"], e["trainable"], e["method"]))
     ]
-    text = "Settings are those found by the search at the main table's budget."
+    searched = "each" if recipe.sections.get("scaling", {}).get("search", True) else "the main table's"
+    text = f"Settings are those found by a search at {searched} budget."
     return ("Scaling", text, ["base", "task", "method", "trained parameters", "score"], rows) if rows else None
 
 
@@ -150,12 +152,13 @@ def _cost_part(tables: dict[str, list[Entry]]) -> Part | None:
 
 def _search_part(tables: dict[str, list[Entry]]) -> Part | None:
     rows = [
-        [entry["method"], entry["base"], entry["task"], _setting(entry["setting"]), _number(entry["loss"], ".3f"),
+        [entry["method"], entry["base"], entry["task"], _number(entry["parameters"], ","), _setting(entry["setting"]),
+         _number(entry["loss"], ".3f"),
          _number(entry["detached_loss"], ".3f"), "" if entry["metric"] is None else f"{100 * entry['metric']:.1f}",
          "yes" if entry["is_chosen"] else ""]
         for entry in tables["search"]
     ]  # fmt: skip
-    columns = ["method", "base", "task", "setting", "answer loss", "of the detached shadow", "metric", "chosen"]
+    columns = ["method", "base", "task", "other budget", "setting", "answer loss", "of the detached shadow", "metric", "chosen"]
     text = "Trials on validation rows, one seed that no final run uses. Loss: nats a token of the right answer."
     return ("Search", text, columns, rows) if rows else None
 

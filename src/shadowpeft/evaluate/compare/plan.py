@@ -22,7 +22,7 @@ class Cell:
 
     Attributes:
         section: search, main, transfer, scaling, ablations or latency.
-        variant: what differs from the main table's cell, empty there.
+        variant: what differs from the main table's cell, or its search's; empty there.
         score_on: task entries that are scored.
         overrides: fields of ``ShadowConfig`` that the variant changes after sizes are solved.
         parameters: budget without heads; None: the base's.
@@ -150,6 +150,13 @@ def scaling_cells(recipe: Recipe) -> list[Cell]:
     for name in methods:
         if recipe.methods[name].kind not in ADAPTERS or recipe.methods[name].budget != "equal":
             raise ConfigError(f"scaling cannot change the size of {name!r}: choose LoRA, DoRA or a shadow of equal budget")
+    is_searched = settings.get("search", True)
+    if not isinstance(is_searched, bool):
+        raise ConfigError(f"scaling: search={is_searched!r} is not valid; choose true (each budget has its own) or false")
+
+    def variant_of_search(base: str, parameters: int) -> str:
+        return f"{parameters}" if is_searched and parameters != recipe.bases[base].parameters else ""
+
     return [
         Cell(
             section="scaling",
@@ -160,7 +167,7 @@ def scaling_cells(recipe: Recipe) -> list[Cell]:
             variant=f"{parameters}",
             parameters=int(parameters),
             score_on=recipe.tasks[task].score_on or (task,),
-            needs=_search_ids(recipe, base, task, [method]),
+            needs=_search_ids(recipe, base, task, [method], variant_of_search(base, parameters)),
         )
         for seed in settings.get("seeds", recipe.seeds)
         for base in _entries(settings, "bases", recipe.bases)
@@ -234,11 +241,11 @@ def _applies(recipe: Recipe, task: str, method: str) -> bool:
     return recipe.methods[method].kind != "probe" or TASKS[recipe.tasks[task].task].kind == "classification"
 
 
-def _search_ids(recipe: Recipe, base: str, task: str, methods: Iterable[str]) -> tuple[str, ...]:
+def _search_ids(recipe: Recipe, base: str, task: str, methods: Iterable[str], variant: str = "") -> tuple[str, ...]:
     if recipe.search.trials < 1:
         return ()
     return tuple(
-        Cell(section="search", base=base, task=task, method=method).id
+        Cell(section="search", base=base, task=task, method=method, variant=variant).id
         for method in methods
         if recipe.methods[method].kind not in UNTRAINED
     )
@@ -249,10 +256,16 @@ def _with_searches(cells: list[Cell]) -> list[Cell]:
     ordered: dict[str, Cell] = {}
     for cell in cells:
         for needed in cell.needs:
-            _, base, task, method = needed.split("--")
-            ordered.setdefault(needed, Cell(section="search", base=base, task=task, method=method))
+            ordered.setdefault(needed, _search_for(cell, needed))
         ordered[cell.id] = cell
     return list(ordered.values())
+
+
+def _search_for(cell: Cell, needed: str) -> Cell:
+    """The search of an id: at the budget of the cell that needs it where it is the search of a variant."""
+    _, base, task, method, *variant = needed.split("--")
+    found = Cell(section="search", base=base, task=task, method=method)
+    return dataclasses.replace(found, variant=variant[0], parameters=cell.parameters) if variant else found
 
 
 def fingerprint(recipe: Recipe, cell: Cell) -> str:

@@ -136,7 +136,7 @@ SEARCH = "search"  # of the settings; no section of a recipe, but cells that can
 SECTIONS = {
     "main": {"bases", "tasks", "methods", "seeds", "score_detached"},
     "transfer": {"bases", "tasks", "methods", "seeds"},
-    "scaling": {"bases", "tasks", "methods", "seeds", "budgets"},
+    "scaling": {"bases", "tasks", "methods", "seeds", "budgets", "search"},
     "ablations": {"bases", "tasks", "method", "seeds", "variants"},
     "latency": {"bases", "task", "prompts", "prompt_tokens", "new_tokens", "batch_sizes", "rounds"},
 }

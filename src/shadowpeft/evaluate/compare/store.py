@@ -90,7 +90,7 @@ class Store:
 
     def setting(self, cell: Cell, method: str) -> dict[str, float]:
         """What the search chose for a method on a cell's base and task; empty where nothing was searched."""
-        needed = [each for each in cell.needs if each.split("--")[-1] == method]
+        needed = [each for each in cell.needs if each.split("--")[3] == method]
         if not needed:
             return {}
         found = results.read_result(self.output, needed[0])

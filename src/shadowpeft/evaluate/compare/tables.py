@@ -133,6 +133,7 @@ def search_table(gathered: Gathered) -> list[Entry]:
             "base": cell.base,
             "task": cell.task,
             "method": cell.method,
+            "parameters": cell.parameters,
             **{name: trial.get(name) for name in ("setting", "metric", "loss", "detached_loss")},
             "is_chosen": trial["setting"] == result["chosen"],
         }
