@@ -386,6 +386,26 @@ def test_hours_follow_from_measured_step_times(root, tmp_path):
     assert hours == {"search": 2 * 1 * 36 / 3600, "main": 2 * 2 * 36 / 3600}
 
 
+def test_a_plan_takes_step_times_from_the_results_there_are_and_says_what_is_left(everything, root, tmp_path):
+    recipe, output = everything
+    said = io.StringIO()
+    lines = compare(recipe, Console(file=said), output=output, data_root=root, plan=True)
+    assert {line.left for line in lines} == {0}
+    assert "hours, 0.0 of them left" in said.getvalue() and f"the results in {output}" in said.getvalue()
+    costs = [r["train"] for section in ("main", "transfer") for r in results_of(output, section) if is_lora_on_orders(r)]
+    costs += [trial["train"] for r in results_of(output, "search") if is_lora_on_orders(r) for trial in r["trials"]]
+    assert len(costs) > 2
+    mean = sum(cost["minutes"] for cost in costs) / sum(cost["steps"] for cost in costs)
+    line = next(line for line in lines if (line.section, line.task, line.method) == ("transfer", "orders", "lora"))
+    assert line.hours == pytest.approx(mean / 60 * line.steps)
+    fresh = compare(recipe, Console(quiet=True), output=tmp_path / "none", data_root=root, plan=True)
+    assert all(line.left == line.cells for line in fresh)
+
+
+def is_lora_on_orders(result: dict) -> bool:
+    return (result["cell"]["task"], result["cell"]["method"]) == ("orders", "lora")
+
+
 # ---------------------------------------------------------------- recipes
 
 

@@ -7,7 +7,8 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.compare.estimate import Estimated, estimate, num_labels
+from shadowpeft.evaluate.compare.estimate import Estimated, Key, estimate, num_labels, step_seconds_of
+from shadowpeft.evaluate.compare.gather import gather
 from shadowpeft.evaluate.compare.measure import measure_steps
 from shadowpeft.evaluate.compare.plan import cells_of, plan_cells
 from shadowpeft.evaluate.compare.recipe import SEARCH, SECTIONS, known, read_recipe
@@ -78,32 +79,36 @@ def show_plan(store: Store, console: Console, sections: list[str] | None, *, mea
     """Prints cells, sizes, memory and hours."""
     recipe = store.recipe
     cells = cells_of(recipe, sections)
-    measured: dict[tuple[str, str, str], float] = {}
+    gathered = gather(recipe, store.output)
+    timed: dict[Key, float] = {}
     if measure:
-        measured = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})
-    lines = estimate(cells, store, measured)
+        timed = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})
+    before = step_seconds_of(gathered)
+    lines = estimate(cells, store, before | timed, {cell.id for cell, _ in gathered.results})
     table = Table(title=f"{recipe.name}: {len(cells)} cells")
     for heading in ("section", "base", "task", "method", "variant"):
         table.add_column(heading, overflow="fold")  # a name that is cut off is no use
-    for heading in ("cells", "trained parameters", "of budget", "steps", "GiB", "hours"):
+    for heading in ("cells", "left", "trained parameters", "of budget", "steps", "GiB", "hours"):
         table.add_column(heading, justify="right")
     for line in lines:
-        table.add_row(line.section, line.base, line.task, line.method, line.variant, str(line.cells), *_sizes(line))
+        table.add_row(line.section, line.base, line.task, line.method, line.variant, *_sizes(line))
     if not console.is_terminal:  # a file or a pipe: one line a row, however long
         options = console.options.update(max_width=10_000)
         console.width = max(console.width, Measurement.get(console, options, table).maximum)
     console.print(table)
     for problem in dict.fromkeys(line.problem for line in lines if line.problem):
         console.print(f"problem: {problem}", markup=False, soft_wrap=True)
-    hours = [line.hours for line in lines if line.hours is not None]
+    known_hours = [line for line in lines if line.hours is not None]
     unknown = sum(line.hours is None and line.section != "latency" for line in lines)
-    sources = sorted({spec.measured_on for spec in recipe.bases.values() if spec.measured_on})
-    if measured:
-        sources = ["this machine"]
-        for (base, task, method), seconds in measured.items():
-            console.print(f"{base}, {task}, {method}: {seconds:.4f} s a step", markup=False)
-    is_known = bool(hours and sources)
-    said = f"training: {sum(hours):,.1f} hours by step times measured on {'; '.join(sources)}" if is_known else ""
+    sources = {spec.measured_on for spec in recipe.bases.values() if spec.measured_on}
+    sources |= ({"this machine"} if timed else set()) | ({f"the results in {store.output}"} if before else set())
+    for (base, task, method), seconds in timed.items():
+        console.print(f"{base}, {task}, {method}: {seconds:.4f} s a step", markup=False)
+    said = ""
+    if known_hours and sources:
+        whole = sum(line.hours or 0.0 for line in known_hours)
+        left = sum((line.hours or 0.0) * line.left / line.cells for line in known_hours)
+        said = f"training: {whole:,.1f} hours, {left:,.1f} of them left, by step times measured on {'; '.join(sorted(sources))}"
     if unknown:
         said += f"{'; ' if said else ''}{unknown} lines without a measured step time (bases: step_seconds)"
     console.print(said, markup=False, soft_wrap=True)
@@ -114,6 +119,8 @@ def _sizes(line: Estimated) -> list[str]:
     sized = line.sized
     share = "" if sized is None or not sized.target else f"{100 * sized.trainable / sized.target:.2f}%"
     return [
+        f"{line.cells}",
+        f"{line.left}",
         "?" if sized is None else f"{sized.trainable:,}",
         share,
         "?" if line.steps is None else f"{line.steps:,}",

@@ -1,6 +1,7 @@
 """What a comparison will cost: parameters from shapes, memory from a formula, hours from measured step times."""
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,12 @@ from transformers import PreTrainedConfig
 from shadowpeft.errors import ConfigError, DataError, ShadowPeftError
 from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base
 from shadowpeft.evaluate.compare.fit import num_steps
+from shadowpeft.evaluate.compare.gather import Gathered
 from shadowpeft.evaluate.compare.plan import Cell
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.train.config import TrainConfig
 
+Key = tuple[str, str, str]  # base, task, method
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -21,6 +24,7 @@ class Estimated:
     """One line of ``--plan``: all cells of one section, base, task, method and variant.
 
     Attributes:
+        left: cells that have no current result.
         problem: why the sizes cannot be solved, else None.
         steps: optimizer steps of all seeds (of all trials, for a search); None if the number of rows is not known.
         memory_gib: of one training; see :func:`memory_bytes`.
@@ -33,6 +37,7 @@ class Estimated:
     method: str
     variant: str
     cells: int
+    left: int
     sized: Sized | None
     problem: str | None
     steps: int | None
@@ -40,22 +45,39 @@ class Estimated:
     hours: float | None
 
 
-def estimate(cells: list[Cell], store: Store, measured: dict[tuple[str, str, str], float] | None = None) -> list[Estimated]:
+def estimate(
+    cells: list[Cell], store: Store, measured: Mapping[Key, float] | None = None, done: Collection[str] = ()
+) -> list[Estimated]:
     """Groups cells that differ in the seed alone.
 
     Args:
         measured: (base, task, method) -> seconds of a step; they go before those that the recipe gives.
+        done: ids of the cells that have a current result.
     """
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.section, cell.base, cell.task, cell.method, cell.variant), []).append(cell)
-    return [_of_group(group, store, measured or {}) for group in groups.values()]
+    return [_of_group(group, store, measured or {}, done) for group in groups.values()]
 
 
-def _of_group(group: list[Cell], store: Store, measured: dict[tuple[str, str, str], float]) -> Estimated:
+def step_seconds_of(gathered: Gathered) -> dict[Key, float]:
+    """(base, task, method) -> seconds of a step in the trainings there are, the mean over them."""
+    costs: dict[Key, list[dict[str, Any]]] = {}
+    for cell, result in gathered.results:
+        found = [trial["train"] for trial in result.get("trials", ())] or [result.get("train")]
+        costs.setdefault((cell.base, cell.task, cell.method), []).extend(cost for cost in found if cost)
+    return {
+        key: 60 * sum(cost["minutes"] for cost in found) / sum(cost["steps"] for cost in found)
+        for key, found in costs.items()
+        if found
+    }
+
+
+def _of_group(group: list[Cell], store: Store, measured: Mapping[Key, float], done: Collection[str]) -> Estimated:
     cell, recipe = group[0], store.recipe
     shared: dict[str, Any] = {name: getattr(cell, name) for name in ("section", "base", "task", "method", "variant")} | {
-        "cells": len(group)
+        "cells": len(group),
+        "left": sum(each.id not in done for each in group),
     }
     nothing: dict[str, Any] = {"sized": None, "problem": None, "steps": None, "memory_gib": None, "hours": None}
     if cell.section == "latency":
