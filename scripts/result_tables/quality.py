@@ -211,7 +211,7 @@ def above(difference: dict[str, float]) -> str:
 
 def trials_table(name: str) -> str:
     """Every trial of a search with whatever it sets, as answer losses on validation rows, attached / detached."""
-    rows = result(f"{name}/summary")["tables"]["search"]
+    rows = [row for row in result(f"{name}/summary")["tables"]["search"] if row.get("parameters") is None]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     found = {(row["method"], described(row["setting"]), row["task"]): row for row in rows}
     lines = [f"| | setting | {' | '.join(tasks)} |", "|---|---|" + "---:|" * len(tasks)]

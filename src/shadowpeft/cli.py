@@ -277,7 +277,7 @@ def compare(
     threads: Annotated[int, typer.Option(help="CPU threads a process")] = 1,
     timeout: Annotated[float, typer.Option(help="seconds a cell may take")] = 86400.0,
     section: Annotated[list[str] | None, typer.Option(help="only this section; may be given more than once")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="print cells, sizes and hours; run nothing")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="print cells, sizes, hours and what is left; run nothing")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="--plan with step times measured here")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="run failed cells again")] = False,
     report_only: Annotated[bool, typer.Option("--report-only", help="write the report of what is there")] = False,

@@ -15,6 +15,8 @@ import comparisons
 from shadowpeft.core.config import PRESETS
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import compare, read_recipe
+from shadowpeft.evaluate.compare.command import show_plan
+from shadowpeft.evaluate.compare.estimate import StepTime
 from shadowpeft.evaluate.compare.gather import gather
 from shadowpeft.evaluate.compare.plan import cells_of, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.results import read_result
@@ -99,7 +101,7 @@ def test_every_trained_method_had_the_same_number_of_trials_on_validation_rows(e
 
 
 def test_the_chosen_setting_is_the_one_that_the_final_runs_train_with(everything):
-    """Those of the main table from its search, those of another budget from one with as many weights."""
+    """Those of the main table from its search, those of another budget from one at that budget."""
     names = ("base", "task", "method", "variant")
     found = {tuple(map(r["cell"].get, names)): r for r in results_of(everything[1], "search")}
     assert {name[3] for name in found} == {None, "10000", "14000"}
@@ -109,6 +111,7 @@ def test_the_chosen_setting_is_the_one_that_the_final_runs_train_with(everything
             assert result["setting"] == search["chosen"]
             assert result["config"]["learning_rate"] == result["setting"]["learning_rate"]
             assert search["cell"].get("parameters") == result["cell"].get("parameters")
+            assert result["cell"]["needs"] == [search["id"]]
 
 
 def test_scaling_without_a_search_takes_the_settings_of_the_main_table(everything):
@@ -117,9 +120,24 @@ def test_scaling_without_a_search_takes_the_settings_of_the_main_table(everythin
     changed = dataclasses.replace(recipe, sections={**recipe.sections, "scaling": settings})
     cells = [cell for cell in plan_cells(changed) if cell.section == "scaling"]
     assert {needed for cell in cells for needed in cell.needs} == {f"search--tiny--e2e--{name}" for name in ("lora", "shadow")}
-    wrong = dataclasses.replace(recipe, sections={**recipe.sections, "scaling": {**settings, "search": "main"}})
-    with pytest.raises(ConfigError, match="search='main' is not valid; choose true"):
-        plan_cells(wrong)
+    # Nothing but these cells is out of date with it.
+    assert {cell.id for cell in pending_cells(changed, everything[1], retry_failed=False)} == {cell.id for cell in cells}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"search": "main"}, "search='main' is not valid; choose true"),
+        ({"budgets": [1e5]}, "whole numbers of parameters such as 300000, not"),
+        ({"budgets": ["300000"]}, "whole numbers"),
+        ({"budgets": None}, "whole numbers"),
+    ],
+)
+def test_scaling_that_cannot_be_planned_is_refused_with_the_reason(everything, settings, message):
+    recipe = read_recipe(everything[0])
+    scaling = {**recipe.sections["scaling"], **settings}
+    with pytest.raises(ConfigError, match=message):
+        plan_cells(dataclasses.replace(recipe, sections={**recipe.sections, "scaling": scaling}))
 
 
 def test_the_report_shows_every_trial_and_marks_the_chosen_one(everything):
@@ -400,6 +418,37 @@ def test_a_plan_takes_step_times_from_the_results_there_are_and_says_what_is_lef
     assert line.hours == pytest.approx(mean / 60 * line.steps)
     fresh = compare(recipe, Console(quiet=True), output=tmp_path / "none", data_root=root, plan=True)
     assert all(line.left == line.cells for line in fresh)
+
+
+def test_step_times_measured_now_go_before_results_and_those_before_the_recipes(everything, root, monkeypatch):
+    recipe, output = read_recipe(everything[0]), everything[1]
+    key = ("tiny", "classes", "lora")
+    now = {key: StepTime(seconds=7.0, source="this machine")}
+    monkeypatch.setattr("shadowpeft.evaluate.compare.command.measure_steps", lambda *args: now)
+    spec = dataclasses.replace(recipe.bases["tiny"], step_seconds={"lora": 36.0}, measured_on="a test")
+    timed = dataclasses.replace(recipe, bases={"tiny": spec})
+    said, console = {}, Console(quiet=True)
+    for name, folder, measure in (("now", output, True), ("results", output, False), ("recipe", root / "none", False)):
+        store = Store(recipe=timed, output=folder, data_root=root)
+        lines = show_plan(store, console, ["main"], measure=measure)
+        line = next(each for each in lines if (each.base, each.task, each.method) == key and each.section == "main")
+        said[name] = (line.source, line.hours)
+    assert said["now"] == ("this machine", pytest.approx(7.0 * line.steps / 3600))
+    assert said["results"][0] == f"the results in {output}"
+    assert said["recipe"] == ("a test", pytest.approx(36.0 * line.steps / 3600))
+
+
+def test_the_plan_cuts_no_name_off(root, tmp_path):
+    """In a file every row is one line; in a narrow terminal a name takes several."""
+    name = "an ablation whose name is longer than a narrow terminal leaves room for"
+    ablations = {"tasks": ["classes"], "variants": {name: {"use_update": False}}}
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe(ablations=ablations))
+    for terminal in (False, True):
+        said = io.StringIO()
+        console = Console(file=said, force_terminal=terminal, no_color=True, width=None if not terminal else 80)
+        compare(recipe, console, output=tmp_path / "out", data_root=root, plan=True)
+        assert "…" not in said.getvalue()
+        assert (name in said.getvalue()) is not terminal
 
 
 def is_lora_on_orders(result: dict) -> bool:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from shadowpeft.evaluate.compare.estimate import estimate
-from shadowpeft.evaluate.compare.plan import plan_cells, scaling_cells
-from shadowpeft.evaluate.compare.recipe import read_recipe
+from shadowpeft.evaluate.compare.plan import cells_of, plan_cells, scaling_cells
+from shadowpeft.evaluate.compare.recipe import Recipe, read_recipe
 from shadowpeft.evaluate.compare.store import Store
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -60,10 +60,11 @@ def test_the_board_recipe_estimates_hours_from_its_published_step_times(tmp_path
     assert hours["main", "dora"] is None
 
 
-def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp_path):
-    recipe = read_recipe(RECIPES / "compare_small.yaml")
+def without_files(name: str) -> Recipe:
+    """A recipe of this machine's size with the shapes of its bases and the labels of its tasks."""
+    recipe = read_recipe(RECIPES / name)
     shapes = {"embedded": EMBEDDED, "babyllama": BABYLLAMA}
-    recipe = dataclasses.replace(
+    return dataclasses.replace(
         recipe,
         bases={name: dataclasses.replace(spec, config=shapes[name]) for name, spec in recipe.bases.items()},
         tasks={
@@ -71,6 +72,33 @@ def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp
             for name, task in recipe.tasks.items()
         },
     )
+
+
+def test_the_long_recipe_solves_its_budget_for_every_method(tmp_path):
+    recipe = without_files("compare_long.yaml")
+    lines = estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path))
+    assert {(line.section, line.method) for line in lines if line.section != "search"} == {
+        ("main", method) for method in ("none", "lora", "dora", "shadow")
+    }
+    sized = [line.sized for line in lines if line.method != "none"]
+    assert all(each is not None and each.trainable == pytest.approx(300000, rel=0.02) for each in sized)
+
+
+def test_a_search_for_each_budget_of_scaling_tries_weights_of_that_budget(tmp_path):
+    recipe = without_files("compare_small.yaml")
+    scaling = {**recipe.sections["scaling"], "search": True}
+    recipe = dataclasses.replace(recipe, sections={"main": recipe.sections["main"], "scaling": scaling})
+    cells = cells_of(recipe, ["scaling"])
+    lines = estimate(cells, Store(recipe=recipe, output=tmp_path))
+    of_search = {(each.task, each.method, each.variant): each.sized for each in lines if each.section == "search"}
+    of_scaling = {(each.task, each.method, each.variant): each.sized for each in lines if each.section == "scaling"}
+    assert len(of_scaling) == 2 * 3 * 4  # tasks, methods and budgets besides the base's own, which the main table has
+    assert all(of_search[key] == sized for key, sized in of_scaling.items())
+    assert {variant for _, _, variant in of_search} == {"", "180000", "600000", "1200000", "2400000"}
+
+
+def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp_path):
+    recipe = without_files("compare_small.yaml")
     lines = estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path))
     # Every task of transfer is one of the main table's too, so its cells are there.
     assert {line.section for line in lines} == {"search", "main", "ablations", "scaling", "latency"}

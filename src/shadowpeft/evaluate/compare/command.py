@@ -7,7 +7,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.compare.estimate import Estimated, Key, estimate, num_labels, step_seconds_of
+from shadowpeft.evaluate.compare.estimate import Estimated, estimate, num_labels, times_of_results
 from shadowpeft.evaluate.compare.gather import gather
 from shadowpeft.evaluate.compare.measure import measure_steps
 from shadowpeft.evaluate.compare.plan import cells_of, plan_cells
@@ -80,42 +80,44 @@ def show_plan(store: Store, console: Console, sections: list[str] | None, *, mea
     recipe = store.recipe
     cells = cells_of(recipe, sections)
     gathered = gather(recipe, store.output)
-    timed: dict[Key, float] = {}
+    times = times_of_results(gathered, f"the results in {store.output}")
     if measure:
-        timed = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})
-    before = step_seconds_of(gathered)
-    lines = estimate(cells, store, before | timed, {cell.id for cell, _ in gathered.results})
+        measured = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})
+        times |= measured
+        for key, time in measured.items():
+            console.print(f"{', '.join(key)}: {time.seconds:.4f} s a step", markup=False)
+    lines = estimate(cells, store, times, {cell.id for cell in gathered.missing})
     table = Table(title=f"{recipe.name}: {len(cells)} cells")
     for heading in ("section", "base", "task", "method", "variant"):
-        table.add_column(heading, overflow="fold")  # a name that is cut off is no use
+        table.add_column(heading, overflow="fold")  # a name or number that is cut off is no use
     for heading in ("cells", "left", "trained parameters", "of budget", "steps", "GiB", "hours"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", overflow="fold")
     for line in lines:
-        table.add_row(line.section, line.base, line.task, line.method, line.variant, *_sizes(line))
+        table.add_row(line.section, line.base, line.task, line.method, line.variant, *_numbers(line))
     if not console.is_terminal:  # a file or a pipe: one line a row, however long
         options = console.options.update(max_width=10_000)
         console.width = max(console.width, Measurement.get(console, options, table).maximum)
     console.print(table)
     for problem in dict.fromkeys(line.problem for line in lines if line.problem):
         console.print(f"problem: {problem}", markup=False, soft_wrap=True)
-    known_hours = [line for line in lines if line.hours is not None]
-    unknown = sum(line.hours is None and line.section != "latency" for line in lines)
-    sources = {spec.measured_on for spec in recipe.bases.values() if spec.measured_on}
-    sources |= ({"this machine"} if timed else set()) | ({f"the results in {store.output}"} if before else set())
-    for (base, task, method), seconds in timed.items():
-        console.print(f"{base}, {task}, {method}: {seconds:.4f} s a step", markup=False)
-    said = ""
-    if known_hours and sources:
-        whole = sum(line.hours or 0.0 for line in known_hours)
-        left = sum((line.hours or 0.0) * line.left / line.cells for line in known_hours)
-        said = f"training: {whole:,.1f} hours, {left:,.1f} of them left, by step times measured on {'; '.join(sorted(sources))}"
-    if unknown:
-        said += f"{'; ' if said else ''}{unknown} lines without a measured step time (bases: step_seconds)"
-    console.print(said, markup=False, soft_wrap=True)
+    console.print(_hours_said(lines), markup=False, soft_wrap=True)
     return lines
 
 
-def _sizes(line: Estimated) -> list[str]:
+def _hours_said(lines: list[Estimated]) -> str:
+    timed = [(line.hours, line.left / line.cells) for line in lines if line.hours is not None]
+    sources = sorted({line.source for line in lines if line.source})
+    said = []
+    if sources:
+        whole, left = sum(hours for hours, _ in timed), sum(hours * share for hours, share in timed)
+        said.append(f"training: {whole:,.1f} hours, {left:,.1f} of them left, by step times measured on {', '.join(sources)}")
+    unknown = sum(line.hours is None and line.section != "latency" for line in lines)
+    if unknown:
+        said.append(f"{unknown} lines without a measured step time (bases: step_seconds)")
+    return "; ".join(said)
+
+
+def _numbers(line: Estimated) -> list[str]:
     sized = line.sized
     share = "" if sized is None or not sized.target else f"{100 * sized.trainable / sized.target:.2f}%"
     return [

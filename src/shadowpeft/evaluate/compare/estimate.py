@@ -15,8 +15,16 @@ from shadowpeft.evaluate.compare.plan import Cell
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.train.config import TrainConfig
 
-Key = tuple[str, str, str]  # base, task, method
+StepKey = tuple[str, str, str]  # base, task, method
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step, and what measured them."""
+
+    seconds: float
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +32,12 @@ class Estimated:
     """One line of ``--plan``: all cells of one section, base, task, method and variant.
 
     Attributes:
-        left: cells that have no current result.
+        left: cells that a run would take up: those without a current result, failed ones aside.
         problem: why the sizes cannot be solved, else None.
         steps: optimizer steps of all seeds (of all trials, for a search); None if the number of rows is not known.
         memory_gib: of one training; see :func:`memory_bytes`.
         hours: steps times the measured seconds of one; None without a measurement.
+        source: what measured them.
     """
 
     section: str
@@ -43,41 +52,45 @@ class Estimated:
     steps: int | None
     memory_gib: float | None
     hours: float | None
+    source: str | None = None
 
 
 def estimate(
-    cells: list[Cell], store: Store, measured: Mapping[Key, float] | None = None, done: Collection[str] = ()
+    cells: list[Cell], store: Store, times: Mapping[StepKey, StepTime] | None = None, left: Collection[str] | None = None
 ) -> list[Estimated]:
     """Groups cells that differ in the seed alone.
 
     Args:
-        measured: (base, task, method) -> seconds of a step; they go before those that the recipe gives.
-        done: ids of the cells that have a current result.
+        times: measured step times; they go before those that the recipe gives.
+        left: ids of the cells that are not done; None: all.
     """
     groups: dict[tuple[str, ...], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.section, cell.base, cell.task, cell.method, cell.variant), []).append(cell)
-    return [_of_group(group, store, measured or {}, done) for group in groups.values()]
+    waiting = {cell.id for cell in cells} if left is None else left
+    return [_of_group(group, store, times or {}, waiting) for group in groups.values()]
 
 
-def step_seconds_of(gathered: Gathered) -> dict[Key, float]:
-    """(base, task, method) -> seconds of a step in the trainings there are, the mean over them."""
-    costs: dict[Key, list[dict[str, Any]]] = {}
+def times_of_results(gathered: Gathered, source: str) -> dict[StepKey, StepTime]:
+    """The mean step time of the trainings there are, of all sizes and variants of a method."""
+    costs: dict[StepKey, list[dict[str, Any]]] = {}
     for cell, result in gathered.results:
         found = [trial["train"] for trial in result.get("trials", ())] or [result.get("train")]
         costs.setdefault((cell.base, cell.task, cell.method), []).extend(cost for cost in found if cost)
     return {
-        key: 60 * sum(cost["minutes"] for cost in found) / sum(cost["steps"] for cost in found)
+        key: StepTime(
+            seconds=60 * sum(cost["minutes"] for cost in found) / sum(cost["steps"] for cost in found), source=source
+        )
         for key, found in costs.items()
         if found
     }
 
 
-def _of_group(group: list[Cell], store: Store, measured: Mapping[Key, float], done: Collection[str]) -> Estimated:
+def _of_group(group: list[Cell], store: Store, times: Mapping[StepKey, StepTime], left: Collection[str]) -> Estimated:
     cell, recipe = group[0], store.recipe
     shared: dict[str, Any] = {name: getattr(cell, name) for name in ("section", "base", "task", "method", "variant")} | {
         "cells": len(group),
-        "left": sum(each.id not in done for each in group),
+        "left": sum(each.id in left for each in group),
     }
     nothing: dict[str, Any] = {"sized": None, "problem": None, "steps": None, "memory_gib": None, "hours": None}
     if cell.section == "latency":
@@ -96,7 +109,9 @@ def _of_group(group: list[Cell], store: Store, measured: Mapping[Key, float], do
     spec = recipe.bases[cell.base]
     kind = recipe.methods[cell.method].kind
     given = spec.step_seconds.get(cell.method, spec.step_seconds.get(kind))
-    seconds = measured.get((cell.base, cell.task, cell.method), given)
+    time = times.get((cell.base, cell.task, cell.method))
+    if time is None and given is not None:
+        time = StepTime(seconds=given, source=spec.measured_on or "the recipe's base")
     shape = base_config(store.base_path(cell.base), spec.config)
     memory = memory_bytes(shape, config, sized, tokens=recipe.tasks[cell.task].mean_tokens or config.max_length)
     return Estimated(
@@ -105,7 +120,8 @@ def _of_group(group: list[Cell], store: Store, measured: Mapping[Key, float], do
         problem=None,
         steps=total,
         memory_gib=memory / 2**30,
-        hours=None if seconds is None or total is None else total * seconds / 3600,
+        hours=None if time is None or total is None else total * time.seconds / 3600,
+        source=None if time is None else time.source,
     )
 
 

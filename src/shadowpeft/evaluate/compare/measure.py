@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare.budget import base_config
+from shadowpeft.evaluate.compare.estimate import StepKey, StepTime
 from shadowpeft.evaluate.compare.fit import fit
 from shadowpeft.evaluate.compare.methods import put_on
 from shadowpeft.evaluate.compare.plan import Cell
@@ -17,17 +18,15 @@ from shadowpeft.evaluate.compare.store import Store
 WARM_STEPS, STEPS = 2, 5
 
 
-def measure_steps(
-    cells: list[Cell], store: Store, num_labels: dict[str, int | None]
-) -> dict[tuple[str, str, str], float]:
-    """(base, task, method) -> seconds of one optimizer step, for every method that is trained.
+def measure_steps(cells: list[Cell], store: Store, num_labels: dict[str, int | None]) -> dict[StepKey, StepTime]:
+    """The time of one optimizer step, for every method that is trained.
 
     Args:
         num_labels: task entry -> labels, None for tasks answered by text.
     """
     wanted = {(cell.base, cell.task, cell.method): cell for cell in cells if cell.section in ("main", "transfer")}
     return {
-        key: step_seconds(cell, store, num_labels[cell.task])
+        key: StepTime(seconds=step_seconds(cell, store, num_labels[cell.task]), source="this machine")
         for key, cell in wanted.items()
         if store.recipe.methods[cell.method].kind != "none"
     }

@@ -150,9 +150,11 @@ def scaling_cells(recipe: Recipe) -> list[Cell]:
     for name in methods:
         if recipe.methods[name].kind not in ADAPTERS or recipe.methods[name].budget != "equal":
             raise ConfigError(f"scaling cannot change the size of {name!r}: choose LoRA, DoRA or a shadow of equal budget")
-    is_searched = settings.get("search", True)
+    is_searched, budgets = settings.get("search", True), settings.get("budgets")
     if not isinstance(is_searched, bool):
         raise ConfigError(f"scaling: search={is_searched!r} is not valid; choose true (each budget has its own) or false")
+    if not isinstance(budgets, list) or not all(type(each) is int for each in budgets):
+        raise ConfigError(f"scaling: budgets must be whole numbers of parameters such as 300000, not {budgets!r}")
 
     def variant_of_search(base: str, parameters: int) -> str:
         return f"{parameters}" if is_searched and parameters != recipe.bases[base].parameters else ""
@@ -165,14 +167,14 @@ def scaling_cells(recipe: Recipe) -> list[Cell]:
             method=method,
             seed=seed,
             variant=f"{parameters}",
-            parameters=int(parameters),
+            parameters=parameters,
             score_on=recipe.tasks[task].score_on or (task,),
             needs=_search_ids(recipe, base, task, [method], variant_of_search(base, parameters)),
         )
         for seed in settings.get("seeds", recipe.seeds)
         for base in _entries(settings, "bases", recipe.bases)
         for task in _entries(settings, "tasks", recipe.tasks)
-        for parameters in settings["budgets"]
+        for parameters in budgets
         for method in methods
         if _applies(recipe, task, method)
     ]

@@ -89,7 +89,7 @@ class Store:
         return solve(self.method(cell.method, cell.base), base, target, recipe.tolerance)
 
     def setting(self, cell: Cell, method: str) -> dict[str, float]:
-        """What the search chose for a method on a cell's base and task; empty where nothing was searched."""
+        """What the search of a cell chose for a method; empty where nothing was searched."""
         needed = [each for each in cell.needs if each.split("--")[3] == method]
         if not needed:
             return {}
