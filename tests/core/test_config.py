@@ -21,6 +21,7 @@ def test_an_unknown_key_is_named_with_the_nearest_field():
         ("dropout_at", "output", "'bottleneck', 'input'"),
         ("task_type", "QA", "'CAUSAL_LM', 'SEQ_CLS'"),
         ("shadow_num_attention_heads", 0, "None or an integer"),
+        ("alpha_rank", 0, "None or an integer"),
         ("update_bias", 1, "of type bool"),
     ],
 )

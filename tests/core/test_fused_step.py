@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from models import randomise, tiny_config
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.kernels import StepSpec, StepWeights, fused_step, step_backend
+from shadowpeft.core.kernels.backend import variant_obstacle
 from shadowpeft.core.network import ShadowNetwork
 
 pytestmark = pytest.mark.contract
@@ -37,6 +38,10 @@ VARIANTS = {
         **{"scale_state": True, "inject_activation": "silu", "inject_diagonal": True, "use_update": False}
     },
     "activation, from the state": {"scale_state": True, "inject_activation": "gelu", "inject_from": "state"},
+    "rank scaled": {"scale_state": True, "inject_diagonal": True, "alpha_rank": 2},
+    "rank scaled, activation": {
+        **{"scale_state": True, "inject_activation": "silu", "inject_diagonal": True, "use_update": False, "alpha_rank": 2}
+    },
     "activation, dropout on the input": {"scale_state": True, "inject_activation": "silu", "dropout_at": "input"},
 }
 
@@ -245,6 +250,13 @@ def test_the_choice_of_an_implementation_comes_with_its_reason(options, name, re
     found = step_backend(ShadowConfig(), **options)
     assert found[0] == name
     assert reason in found[1]
+
+
+def test_no_kernel_weighs_the_diagonal_apart_from_the_bottleneck():
+    config = ShadowConfig(scale_state=True, inject_diagonal=True, alpha_rank=8)
+    assert "diagonal" in variant_obstacle(config, dtype=torch.bfloat16, drops=False)
+    assert variant_obstacle(config.replace(inject_diagonal=False), dtype=torch.bfloat16, drops=False) is None
+    assert variant_obstacle(config.replace(alpha_rank=None), dtype=torch.bfloat16, drops=False) is None
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])

@@ -21,6 +21,8 @@ VARIANTS = [
     {"scale_state": True, "inject_diagonal": True, "inject_activation": "silu"},
     {"scale_state": True, "inject_activation": "gelu", "inject_from": "state"},
     {"inject_diagonal": True, "inject_from": "state", "use_update": False},
+    {"scale_state": True, "inject_diagonal": True, "alpha_rank": 3},
+    {"scale_state": True, "inject_diagonal": True, "inject_activation": "silu", "alpha_rank": 3},
 ]
 
 

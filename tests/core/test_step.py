@@ -75,6 +75,24 @@ def test_with_an_activation_w_down_starts_where_inputs_of_size_one_give_such_out
     assert weight.std().item() == pytest.approx(400**-0.5, rel=0.03)  # 4.5 standard errors of 25,600 draws
 
 
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_a_bottleneck_of_twice_the_rank_counts_half_and_the_diagonal_the_same(activation):
+    """The same columns twice, at twice the rank, are the same correction; so a column learns as fast as one of the two did."""
+    h, s = states()
+    other = {"scale_state": True, "inject_diagonal": True, "inject_activation": activation, "shadow_alpha": 0.7}
+    narrow, wide = (Injection(D, tiny_config(r=r, alpha_rank=4, **other)).double().eval() for r in (2, 4))
+    nn.init.normal_(narrow.W_up)
+    nn.init.normal_(narrow.diagonal)
+    with torch.no_grad():
+        wide.W_down.copy_(narrow.W_down.repeat(1, 2))
+        wide.W_up.copy_(narrow.W_up.repeat(2, 1))
+        wide.diagonal.copy_(narrow.diagonal)
+    assert_close(wide(h, s), narrow(h, s))
+    plain = Injection(D, tiny_config(r=4, **other)).double().eval()
+    plain.load_state_dict(wide.state_dict())
+    assert_close(wide(h, s), plain(h, s))  # at alpha_rank itself nothing is scaled
+
+
 def test_an_activation_needs_the_unit_of_h():
     with pytest.raises(ConfigError, match="scale_state"):
         tiny_config(inject_activation="silu")

@@ -67,6 +67,7 @@ VARIANTS = [
     ("gpt2", None, {}),
     ("qwen3", 3, {}),
     ("llama", None, {"shadow_model": "base:first:2", "shadow_intermediate_size": None}),
+    ("llama", None, {"alpha_rank": 2}),  # the peers get the alpha that this means at r
 ]
 
 

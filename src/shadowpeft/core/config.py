@@ -54,6 +54,11 @@ class ShadowConfig:
     # Injection (Eq. 2-4)
     r: int = _field(16, "rank of the injected correction")
     shadow_alpha: float = _field(0.1, "scale of the injected correction, used as it is (not divided by r)")
+    alpha_rank: int | None = _field(
+        None,
+        "rank whose bottleneck has the whole shadow_alpha; one of r has shadow_alpha * alpha_rank / r, the diagonal always all "
+        "of it, so that how fast a correction learns does not grow with r; None: shadow_alpha whatever r is",
+    )
     shadow_dropout: float = _field(0.2, "dropout of the injection and of the transform")
     dropout_at: Literal["bottleneck", "input"] = _field("bottleneck", "drop after W_down, or the d-wide input of it")
     down_init: Literal["normal", "linear"] = _field(
@@ -97,7 +102,7 @@ class ShadowConfig:
         check_types(self)
         for name in ("r", "update_hidden_size", "shadow_num_hidden_layers"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        for name in ("shadow_hidden_size", "shadow_num_attention_heads", "shadow_num_key_value_heads"):
+        for name in ("alpha_rank", "shadow_hidden_size", "shadow_num_attention_heads", "shadow_num_key_value_heads"):
             value = getattr(self, name)
             require(value is None or value >= 1, name, value, "None or an integer of at least 1")
         for name in ("shadow_head_dim", "shadow_intermediate_size"):
@@ -119,6 +124,16 @@ class ShadowConfig:
         is_contradiction = self.freeze_backbone and self.is_implicit
         expected = "False for an implicit shadow, whose weights are fresh"
         require(not is_contradiction, "freeze_backbone", self.freeze_backbone, expected)
+
+    @property
+    def bottleneck_alpha(self) -> float:
+        """Scale of what comes out of the bottleneck (Eq. 4): ``shadow_alpha``, times ``alpha_rank / r`` where that is set."""
+        return self.shadow_alpha if self.alpha_rank is None else self.shadow_alpha * self.alpha_rank / self.r
+
+    @property
+    def diagonal_ratio(self) -> float:
+        """What the diagonal's part counts beside the bottleneck's, so that its scale is ``shadow_alpha`` at any rank."""
+        return 1.0 if self.alpha_rank is None else self.r / self.alpha_rank
 
     @property
     def is_implicit(self) -> bool:

@@ -68,12 +68,12 @@ def correct(injection: "Injection", h: Tensor, s: Tensor) -> Tensor:
         source = unit(h.to(s.dtype), scale) - s if config.inject_from == "difference" else s
         added = ACTIVATIONS[config.inject_activation](source @ W_down) @ W_up
         if injection.diagonal is not None:
-            added = added.addcmul_(injection.diagonal, s)
-        return torch.add(h, added.mul_(scale).to(h.dtype), alpha=config.shadow_alpha)
+            added = added.addcmul_(injection.diagonal, s, value=config.diagonal_ratio)
+        return torch.add(h, added.mul_(scale).to(h.dtype), alpha=config.bottleneck_alpha)
     if config.scale_state:
         s = s * rms(h)
     source = h - s if config.inject_from == "difference" else s
     added = source.to(W_down.dtype) @ W_down @ W_up
     if injection.diagonal is not None:
-        added = added.addcmul_(injection.diagonal, s.to(added.dtype))
-    return torch.add(h, added.to(h.dtype), alpha=config.shadow_alpha)
+        added = added.addcmul_(injection.diagonal, s.to(added.dtype), value=config.diagonal_ratio)
+    return torch.add(h, added.to(h.dtype), alpha=config.bottleneck_alpha)

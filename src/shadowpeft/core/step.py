@@ -70,7 +70,7 @@ class Injection(nn.Module):
     Beyond the paper, ``scale_state`` replaces s by ``rms(h) * s``, and ``inject_diagonal`` adds ``v * s`` to the
     correction, with a trained vector ``diagonal`` that starts at zero too. ``inject_activation`` puts an activation into
     the bottleneck, which then reads ``h / rms(h) - s`` and whose result is multiplied by ``rms(h)``; without an activation
-    that is the same as the above.
+    that is the same as the above. ``alpha_rank`` weighs the bottleneck by the inverse of its rank.
     """
 
     diagonal: nn.Parameter | None
@@ -99,18 +99,18 @@ class Injection(nn.Module):
         config = self.config
         dropout = config.shadow_dropout if self.training else 0.0
         if config.inject_activation != "none":
-            return inject(h, self._activated(h, s, dropout), config.shadow_alpha)
+            return inject(h, self._activated(h, s, dropout), config.bottleneck_alpha)
         if config.scale_state:
             s = s * rms(h)
         source = discrepancy(h, s) if config.inject_from == "difference" else s
         source = source.to(self.W_down.dtype)
         added = correction(source, self.W_down, self.W_up, dropout=dropout, at=config.dropout_at)
         if self.diagonal is not None:
-            added = added + self.diagonal * s.to(self.diagonal.dtype)
-        return inject(h, added, config.shadow_alpha)
+            added = torch.addcmul(added, self.diagonal, s.to(self.diagonal.dtype), value=config.diagonal_ratio)
+        return inject(h, added, config.bottleneck_alpha)
 
     def _activated(self, h: Tensor, s: Tensor, dropout: float) -> Tensor:
-        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down)) W_up + v * s)``, [B, T, d]."""
+        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down)) W_up + ratio v * s)``, [B, T, d]."""
         config = self.config
         s = s.to(self.W_down.dtype)
         scale = rms(h).to(s.dtype)
@@ -121,7 +121,7 @@ class Injection(nn.Module):
         hidden = hidden if drops_input else F.dropout(hidden, dropout)
         added = ACTIVATIONS[config.inject_activation](hidden) @ self.W_up
         if self.diagonal is not None:
-            added = added + self.diagonal * s
+            added = torch.addcmul(added, self.diagonal, s, value=config.diagonal_ratio)
         return added * scale
 
 

@@ -126,7 +126,7 @@ def write_authors(base: PreTrainedModel, network: ShadowNetwork, folder: Path) -
             )
         check_rebuilt(network, decoder, sizes, "shadow-peft")
     values = _AUTHORS_DEFAULTS | {
-        "alpha": config.shadow_alpha,
+        "alpha": config.bottleneck_alpha,
         "dropout": config.shadow_dropout,
         "gate_hidden_size": config.update_hidden_size,
         "injection_hidden_size": config.r,

@@ -162,7 +162,7 @@ def write_peft(base: PreTrainedModel, network: ShadowNetwork, folder: Path) -> W
         "base_model_name_or_path": base.name_or_path or None,
         "modules_to_save": ["classifier", "score"] if classifies else None,
         "r": config.r,
-        "shadow_alpha": config.shadow_alpha,
+        "shadow_alpha": config.bottleneck_alpha,
         "shadow_dropout": config.shadow_dropout,
         "shadow_model": config.shadow_model if config.is_explicit else "mirror",
         "share_embeddings": config.shares_embeddings,

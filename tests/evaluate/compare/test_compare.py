@@ -12,13 +12,13 @@ import torch
 from rich.console import Console
 
 import comparisons
-from shadowpeft.core.config import PRESETS
+from shadowpeft.core.config import PRESETS, ShadowConfig
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import compare, read_recipe
 from shadowpeft.evaluate.compare.command import show_plan
 from shadowpeft.evaluate.compare.estimate import StepTime
 from shadowpeft.evaluate.compare.gather import gather
-from shadowpeft.evaluate.compare.plan import cells_of, fingerprint, plan_cells
+from shadowpeft.evaluate.compare.plan import ADDED, cells_of, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.results import read_result
 from shadowpeft.evaluate.compare.runner import pending_cells
 from shadowpeft.evaluate.compare.store import Store
@@ -264,6 +264,21 @@ def test_another_meaning_of_a_preset_makes_the_shadows_results_out_of_date_and_n
     assert {cell.method for cell in cells} == {"shadow", "all"}
     # Variants with a preset of their own too: their sizes and learning rate are found with the method's.
     assert {cell.id for cell in cells} == {cell.id for cell in plan_cells(recipe) if cell.method in ("shadow", "all")}
+
+
+def test_a_field_added_since_touches_no_result_until_a_preset_sets_it(everything, monkeypatch):
+    recipe, output = read_recipe(everything[0]), everything[1]
+    assert all(getattr(ShadowConfig(), name) == value for name, value in ADDED.items())
+    cells = plan_cells(recipe)
+    before = {cell.id: fingerprint(recipe, cell) for cell in cells}
+    for name in tuple(ADDED):
+        monkeypatch.delitem(ADDED, name)
+        assert {cell.id for cell in cells if fingerprint(recipe, cell) != before[cell.id]}  # without the rule it would
+    monkeypatch.undo()
+    preset = recipe.methods["shadow"].shadow.get("preset", "paper")
+    monkeypatch.setitem(PRESETS, preset, {**PRESETS[preset], "alpha_rank": 4})
+    pending = {cell.method for cell in pending_cells(recipe, output, retry_failed=False) if cell.section == "main"}
+    assert pending == {"shadow"}
 
 
 def test_another_meaning_of_a_variants_own_preset_makes_that_variant_out_of_date_and_nothing_else(everything, monkeypatch):

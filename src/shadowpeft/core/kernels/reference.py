@@ -90,18 +90,18 @@ def _lifted(spec: StepSpec, bottleneck: Tensor, s: Tensor | None, scale: Tensor 
     """Eq. 3 from its bottleneck on, and the diagonal's part, [N, d]; ``s`` is read only where there is one."""
     if spec.bottleneck_activation is not None:
         assert scale is not None
-        lifted = _raised(ACTIVATIONS[spec.bottleneck_activation](bottleneck), s, w)
+        lifted = _raised(spec, ACTIVATIONS[spec.bottleneck_activation](bottleneck), s, w)
         return lifted.mul_(scale.to(lifted.dtype))
-    return _raised(bottleneck, None if s is None or w.diagonal is None else _scaled(s, scale), w)
+    return _raised(spec, bottleneck, None if s is None or w.diagonal is None else _scaled(s, scale), w)
 
 
-def _raised(hidden: Tensor, s: Tensor | None, w: StepWeights) -> Tensor:
-    """``hidden W_up + v * s``, [N, d], without the second part where there is no v."""
+def _raised(spec: StepSpec, hidden: Tensor, s: Tensor | None, w: StepWeights) -> Tensor:
+    """``hidden W_up + ratio v * s``, [N, d], without the second part where there is no v."""
     lifted = hidden @ w.W_up
     if w.diagonal is None:
         return lifted
     assert s is not None
-    return lifted.addcmul_(w.diagonal, s.to(lifted.dtype))
+    return lifted.addcmul_(w.diagonal, s.to(lifted.dtype), value=spec.diagonal_ratio)
 
 
 def backward(
@@ -164,8 +164,9 @@ def _backward_linear(
         grad_into_h = grad if spec.from_state else grad + grad_source
     grad_state = grad_source if spec.from_state else grad_source.neg_()
     if w.diagonal is not None:
-        grads = grads._replace(diagonal=(grad * _scaled(state, scale)).sum(0).mul_(spec.alpha))
-        grad_state = grad_state.addcmul_(grad, w.diagonal, value=spec.alpha)
+        weight = spec.alpha * spec.diagonal_ratio
+        grads = grads._replace(diagonal=(grad * _scaled(state, scale)).sum(0).mul_(weight))
+        grad_state = grad_state.addcmul_(grad, w.diagonal, value=weight)
     if scale is not None:
         if grad_into_h is not None:
             # The RMS has no slope at h = 0; as torch has it, that counts as 0.
@@ -187,7 +188,7 @@ def _backward_units(
     w: StepWeights,
     needs_grad_h: bool,
 ) -> tuple[StepWeights, Tensor | None, Tensor]:
-    """As :func:`_backward_linear`, through ``h + alpha rms(h) (act(bottleneck) W_up + v * s)``."""
+    """As :func:`_backward_linear`, through ``h + alpha rms(h) (act(bottleneck) W_up + ratio v * s)``."""
     assert spec.bottleneck_activation is not None and scale is not None
     grad_units = grad * (spec.alpha * scale.to(grad.dtype))
     hidden = ACTIVATIONS[spec.bottleneck_activation](bottleneck)
@@ -199,7 +200,7 @@ def _backward_units(
     grads = StepWeights(W_down=grad_W_down, W_up=grad_W_up)
     grad_into_h = None
     if needs_grad_h:
-        along = (grad * _raised(hidden, state, w)).sum(-1, keepdim=True).mul_(spec.alpha)
+        along = (grad * _raised(spec, hidden, state, w)).sum(-1, keepdim=True).mul_(spec.alpha)
         direction, grad_into_h = unit(h.to(grad.dtype), scale), grad
         if not spec.from_state:
             safe = scale.clamp_min(torch.finfo(scale.dtype).tiny)
@@ -208,10 +209,10 @@ def _backward_units(
         # The RMS has no slope at h = 0; as torch has it, that counts as 0.
         grad_into_h = torch.addcmul(grad_into_h, along / h.shape[-1], direction)
     if w.diagonal is not None:
-        grads = grads._replace(diagonal=(grad_units * state).sum(0))
+        grads = grads._replace(diagonal=(grad_units * state).sum(0).mul_(spec.diagonal_ratio))
     grad_state = grad_source if spec.from_state else grad_source.neg_()
     if w.diagonal is not None:
-        grad_state = grad_state.addcmul_(grad_units, w.diagonal)
+        grad_state = grad_state.addcmul_(grad_units, w.diagonal, value=spec.diagonal_ratio)
     return grads, grad_into_h, grad_state
 
 

@@ -14,6 +14,7 @@ class StepSpec:
 
     Attributes:
         alpha: scale of the correction (Eq. 4).
+        diagonal_ratio: what ``v * s`` counts in the correction, where what the bottleneck brings counts 1.
         activation: ``silu`` or ``gelu``, inside transform and gate.
         from_state: correct from s alone instead of from h - s (Eq. 2).
         drop_input: dropout on the d-wide input of W_down instead of on its r-wide result.
@@ -24,6 +25,7 @@ class StepSpec:
     """
 
     alpha: float
+    diagonal_ratio: float = 1.0
     activation: str = "silu"
     from_state: bool = False
     drop_input: bool = False
@@ -41,7 +43,8 @@ class StepSpec:
     def of(cls, config: ShadowConfig, *, training: bool, norm_eps: float = 1e-5) -> "StepSpec":
         dropout = config.shadow_dropout if training else 0.0
         return cls(
-            alpha=config.shadow_alpha,
+            alpha=config.bottleneck_alpha,
+            diagonal_ratio=config.diagonal_ratio,
             activation=config.update_activation,
             from_state=config.inject_from == "state",
             drop_input=config.dropout_at == "input",

@@ -14,6 +14,8 @@ from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, R
 from shadowpeft.train.tasks import TASKS
 
 UNTRAINED = ("none",)
+# Fields of ShadowConfig that came after the first results, with the value at which they change nothing.
+ADDED = {"alpha_rank": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +295,7 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
     if presets:
         parts["presets"] = presets
     if "preset" in dict(cell.overrides):  # trained with its own, but sized and searched with the method's
-        parts["own preset"] = ShadowConfig.preset(dict(cell.overrides)["preset"]).to_dict()
+        parts["own preset"] = _as_before(ShadowConfig.preset(dict(cell.overrides)["preset"]))
     if base.parameters is None and not presets:  # the budget is the reference's size
         parts["presets"] = {recipe.reference: _preset(recipe.methods[recipe.reference], base)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -306,4 +308,9 @@ def _without_trials(task: TaskSpec) -> dict[str, Any]:
 
 def _preset(spec: MethodSpec, base: BaseSpec) -> dict[str, Any]:
     """What a method's preset on a base stands for."""
-    return ShadowConfig.preset(base.shadow.get("preset", spec.shadow.get("preset", "paper"))).to_dict()
+    return _as_before(ShadowConfig.preset(base.shadow.get("preset", spec.shadow.get("preset", "paper"))))
+
+
+def _as_before(config: ShadowConfig) -> dict[str, Any]:
+    """All fields, without those added since where they change nothing: results from before stay what they are."""
+    return {name: value for name, value in config.to_dict().items() if name not in ADDED or value != ADDED[name]}
