@@ -161,7 +161,7 @@ def peer_rows(base: PreTrainedModel, config: ShadowConfig) -> list[Contender]:
             r=config.r,
             update_hidden_size=config.update_hidden_size,
             shadow_num_hidden_layers=1,
-            shadow_alpha=config.shadow_alpha,
+            shadow_alpha=config.bottleneck_alpha,
             shadow_intermediate_size=config.shadow_intermediate_size,
         )
         model = peft.get_peft_model(sharing_copy(base), theirs).eval()
@@ -174,7 +174,7 @@ def peer_rows(base: PreTrainedModel, config: ShadowConfig) -> list[Contender]:
             num_shadow_layers=1,
             injection_hidden_size=config.r,
             gate_hidden_size=config.update_hidden_size,
-            alpha=config.shadow_alpha,
+            alpha=config.bottleneck_alpha,
             shadow_intermediate_size=config.shadow_intermediate_size,
         )
         model = shadow_peft.ShadowForCausalLM(shadow_peft.get_shadow_model(sharing_copy(base), theirs))

@@ -51,7 +51,7 @@ def problem(
     preset: str, width: int, num_tokens: int, dtype: torch.dtype, device: str, *, sets: int | None = None
 ) -> Problem:
     config = ShadowConfig.preset(preset).replace(
-        inject_activation="none",  # which no kernel has
+        inject_activation="none", alpha_rank=None,  # which no kernel has
         r=16, update_hidden_size=WIDTHS.get(width, 8), shadow_dropout=0.0, adapter_dtype="float32"
     )
     torch.manual_seed(0)

@@ -39,6 +39,7 @@ VARIANTS = {
     },
     "activation, from the state": {"scale_state": True, "inject_activation": "gelu", "inject_from": "state"},
     "rank scaled": {"scale_state": True, "inject_diagonal": True, "alpha_rank": 2},
+    "rank scaled, diagonal from the state": {"inject_diagonal": True, "inject_from": "state", "alpha_rank": 2},
     "rank scaled, activation": {
         **{"scale_state": True, "inject_activation": "silu", "inject_diagonal": True, "use_update": False, "alpha_rank": 2}
     },
@@ -255,6 +256,7 @@ def test_the_choice_of_an_implementation_comes_with_its_reason(options, name, re
 def test_no_kernel_weighs_the_diagonal_apart_from_the_bottleneck():
     config = ShadowConfig(scale_state=True, inject_diagonal=True, alpha_rank=8)
     assert "diagonal" in variant_obstacle(config, dtype=torch.bfloat16, drops=False)
+    assert variant_obstacle(config.replace(r=8), dtype=torch.bfloat16, drops=False) is None
     assert variant_obstacle(config.replace(inject_diagonal=False), dtype=torch.bfloat16, drops=False) is None
     assert variant_obstacle(config.replace(alpha_rank=None), dtype=torch.bfloat16, drops=False) is None
 

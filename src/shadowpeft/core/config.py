@@ -53,7 +53,7 @@ class ShadowConfig:
 
     # Injection (Eq. 2-4)
     r: int = _field(16, "rank of the injected correction")
-    shadow_alpha: float = _field(0.1, "scale of the injected correction, used as it is (not divided by r)")
+    shadow_alpha: float = _field(0.1, "scale of the injected correction, as it is: not divided by r unless alpha_rank is set")
     alpha_rank: int | None = _field(
         None,
         "rank whose bottleneck has the whole shadow_alpha; one of r has shadow_alpha * alpha_rank / r, the diagonal always all "

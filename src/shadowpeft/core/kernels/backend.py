@@ -63,8 +63,8 @@ def variant_obstacle(config: ShadowConfig, *, dtype: torch.dtype, drops: bool) -
         return "weights in float64"
     if config.inject_activation != "none":
         return "an activation in the bottleneck"
-    if config.inject_diagonal and config.alpha_rank is not None:
-        return "a diagonal that counts more than the bottleneck"
+    if config.inject_diagonal and config.diagonal_ratio != 1.0:
+        return "a diagonal of another weight than the bottleneck"
     if drops and config.dropout_at == "input":
         return "dropout on the input of W_down needs a mask as wide as the model"
     widest = max(config.r, config.update_hidden_size)

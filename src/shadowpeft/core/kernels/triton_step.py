@@ -425,6 +425,7 @@ def _backward_weights(h, s, grad_h, grad_s, bottleneck, grad_z, kept_T, kept_G, 
 
 def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     """As :func:`shadowpeft.core.kernels.reference.forward`; the dropout state is a seed from torch's CPU generator."""
+    assert w.diagonal is None or spec.diagonal_ratio == 1.0  # see variant_obstacle
     h, s, w = _rows(h), _rows(s), _contiguous(w)
     seed = torch.randint(2**31 - 2, (), dtype=torch.int64) if spec.has_dropout else None
     num_tokens = len(h)
