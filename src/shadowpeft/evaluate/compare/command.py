@@ -113,7 +113,7 @@ def _hours_said(lines: list[Estimated]) -> str:
         said.append(f"training: {whole:,.1f} hours, {left:,.1f} of them left, by step times measured on {', '.join(sources)}")
     unknown = sum(line.hours is None and line.section != "latency" for line in lines)
     if unknown:
-        said.append(f"{unknown} lines without a measured step time (bases: step_seconds)")
+        said.append(f"not counted: {unknown} lines without a measured step time (bases: step_seconds)")
     return "; ".join(said)
 
 
