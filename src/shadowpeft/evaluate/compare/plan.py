@@ -260,12 +260,12 @@ def _with_searches(cells: list[Cell]) -> list[Cell]:
     ordered: dict[str, Cell] = {}
     for cell in cells:
         for needed in cell.needs:
-            ordered.setdefault(needed, _search_for(cell, needed))
+            ordered.setdefault(needed, search_of(cell, needed))
         ordered[cell.id] = cell
     return list(ordered.values())
 
 
-def _search_for(cell: Cell, needed: str) -> Cell:
+def search_of(cell: Cell, needed: str) -> Cell:
     """The search of an id: at the budget of the cell that needs it where it is the search of a variant."""
     _, base, task, method, *variant = needed.split("--")
     found = Cell(section="search", base=base, task=task, method=method)

@@ -9,7 +9,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import results
 from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base, solve, target_of
 from shadowpeft.evaluate.compare.methods import resolve
-from shadowpeft.evaluate.compare.plan import Cell
+from shadowpeft.evaluate.compare.plan import Cell, search_of
 from shadowpeft.evaluate.compare.recipe import MethodSpec, Recipe
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import load_rows
@@ -90,7 +90,7 @@ class Store:
 
     def setting(self, cell: Cell, method: str) -> dict[str, float]:
         """What the search of a cell chose for a method; empty where nothing was searched."""
-        needed = [each for each in cell.needs if each.split("--")[3] == method]
+        needed = [each for each in cell.needs if search_of(cell, each).method == method]
         if not needed:
             return {}
         found = results.read_result(self.output, needed[0])
