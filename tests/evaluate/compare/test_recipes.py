@@ -35,7 +35,7 @@ BABYLLAMA = {
     "vocab_size": 361,
     "tie_word_embeddings": True,
 }
-LABELS = {"trec": 6, "sst2": 2, "clinc150": 150, "home_commands": 46}
+LABELS = {"trec": 6, "sst2": 2, "clinc150": 150, "home_commands": 46, "20news": 20}
 
 
 def test_there_is_one_recipe_for_each_base_and_task_of_the_paper_and_one_for_the_board():
