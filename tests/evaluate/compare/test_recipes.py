@@ -1,16 +1,18 @@
 """The recipes that come with the project: read, planned and solved, without a network and without weights."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
 from shadowpeft.evaluate.compare.estimate import estimate
-from shadowpeft.evaluate.compare.plan import cells_of, plan_cells, scaling_cells
+from shadowpeft.evaluate.compare.plan import cells_of, fingerprint, plan_cells, scaling_cells
 from shadowpeft.evaluate.compare.recipe import Recipe, read_recipe
 from shadowpeft.evaluate.compare.store import Store
 
 RECIPES = Path(__file__).parents[3] / "recipes"
+RESULTS = RECIPES.parent / "results"
 PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
 # What --plan would read from the bases of recipes/compare_small.yaml.
 EMBEDDED = {
@@ -110,3 +112,14 @@ def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp
     assert all(each.trainable == pytest.approx(each.target, rel=0.02) for each in sized)
     # One of the budgets is the base's own, whose trainings are the main table's.
     assert len({cell.parameters for cell in scaling_cells(recipe)}) >= 5
+
+
+@pytest.mark.parametrize("name", ["compare_small", "compare_long"])
+def test_every_result_in_the_repository_is_what_the_recipe_would_make_today(name):
+    """A new field of ShadowConfig, another preset or another setting makes results out of date: run these again, take
+    them out, or (a field at which nothing changes) name it in ``ADDED``."""
+    recipe = read_recipe(RECIPES / f"{name}.yaml")
+    today = {cell.id: fingerprint(recipe, cell) for cell in plan_cells(recipe)}
+    there = {file.stem: json.loads(file.read_text()) for file in (RESULTS / name / "cells").glob("*.json")}
+    assert len(there) > 10
+    assert {each for each, result in there.items() if result["fingerprint"] != today.get(each)} == set()
