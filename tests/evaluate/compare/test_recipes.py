@@ -104,8 +104,9 @@ def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp
     lines = estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path))
     # Every task of transfer is one of the main table's too, so its cells are there.
     assert {line.section for line in lines} == {"search", "main", "ablations", "scaling", "latency"}
-    transfer = set(recipe.sections["transfer"]["tasks"])
-    scored = [set(cell.score_on) for cell in plan_cells(recipe) if cell.section == "main" and cell.task in transfer]
+    transfer, methods = (set(recipe.sections["transfer"][key]) for key in ("tasks", "methods"))
+    trained = [cell for cell in plan_cells(recipe) if cell.section == "main" and cell.method in methods]
+    scored = [set(cell.score_on) for cell in trained if cell.task in transfer]
     assert len(scored) > 0 and all(transfer <= each for each in scored)
     assert not [line.problem for line in lines if line.problem]
     sized = [line.sized for line in lines if line.sized is not None and line.sized.target is not None]
