@@ -146,6 +146,23 @@ def test_hub_rows_get_our_field_names_and_the_names_of_their_classes(monkeypatch
     assert asked == [("CogComp/trec", None)]
 
 
+@pytest.mark.parametrize("task", ["trec", "clinc150"])
+def test_a_data_set_that_is_a_program_is_read_from_the_hubs_parquet_files(monkeypatch, task):
+    part = datasets.Dataset.from_dict({"text": ["Who?"], "coarse_label": ["HUM"], "intent": ["ask"]})
+    asked = []
+
+    def load_dataset(*names, revision=None):
+        asked.append((*names, revision))
+        if revision is None:
+            raise RuntimeError("Dataset scripts are no longer supported, but found trec.py")
+        return datasets.DatasetDict({"test": part})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(load_rows(TASKS[task], "test")) == 1
+    names = (TASKS[task].hub_name, TASKS[task].hub_config)
+    assert asked == [(*names, None), (*names, "refs/convert/parquet")]
+
+
 def test_hidden_labels_of_the_hub_are_refused_not_scored(monkeypatch):
     features = datasets.Features(
         {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["a", "b"])}
@@ -165,7 +182,7 @@ def test_hidden_labels_of_the_hub_are_refused_not_scored(monkeypatch):
     ],
 )
 def test_a_hub_that_fails_ends_in_one_error_that_names_the_way_out(monkeypatch, error):
-    def load_dataset(*names):
+    def load_dataset(*names, revision=None):
         raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

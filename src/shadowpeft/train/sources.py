@@ -19,6 +19,7 @@ from shadowpeft.train.tasks import SPLITS, Task
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz")
 NUM_BUCKETS = 10
+PARQUET = "refs/convert/parquet"  # where the hub keeps every public data set as parquet files
 # With the error class of the HTTP client beneath, whichever it is (httpx, later httpx2).
 HTTP_ERRORS: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
 
@@ -129,6 +130,23 @@ def _open_hub(task: Task) -> Source:
             f"task {task.name!r} reads your own data: pass --data with a folder or file whose rows have the "
             f"fields {', '.join(task.fields)}"
         )
+    fields = ", ".join(task.fields)
+    splits = load_from_hub(
+        task.hub_name,
+        task.hub_config,
+        way_out=f"Pass --data with a local folder that holds train.jsonl and test.jsonl with the fields {fields}",
+    )
+    readers = {str(name): partial(_hub_rows, splits[name]) for name in splits}
+    return Source(name=f"{task.hub_name} (hub)", readers=readers)
+
+
+def load_from_hub(name: str, config: str | None, *, way_out: str, **options: Any) -> Any:
+    """``datasets.load_dataset``; a data set that is a program is read from the parquet files the hub makes of it.
+
+    Raises:
+        DataError: the hub does not give it; the message ends with ``way_out``.
+        MissingPackageError: ``datasets`` is not installed.
+    """
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
@@ -138,14 +156,15 @@ def _open_hub(task: Task) -> Source:
             "--data with a local folder"
         ) from error
     try:
-        splits = load_dataset(task.hub_name, task.hub_config)
+        try:
+            return load_dataset(name, config, **options)
+        except RuntimeError as error:
+            # datasets 4 runs no programs any more, and older ones ask before they do.
+            if "scripts are no longer supported" not in str(error):
+                raise
+            return load_dataset(name, config, revision=PARQUET, **options)
     except (OSError, ValueError, RuntimeError, DatasetsError, *HTTP_ERRORS) as error:
-        raise DataError(
-            f"cannot load {task.hub_name!r} from the hub: {_first_line(error)}. Pass --data with a local "
-            f"folder that holds train.jsonl and test.jsonl with the fields {', '.join(task.fields)}"
-        ) from error
-    readers = {str(name): partial(_hub_rows, splits[name]) for name in splits}
-    return Source(name=f"{task.hub_name} (hub)", readers=readers)
+        raise DataError(f"cannot load {name!r} from the hub: {_first_line(error)}. {way_out}") from error
 
 
 def _hub_rows(dataset: Any) -> list[Row]:

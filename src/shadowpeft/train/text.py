@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.errors import DataError
 from shadowpeft.train.data import token_ids
-from shadowpeft.train.sources import HTTP_ERRORS, MissingPackageError
+from shadowpeft.train.sources import load_from_hub
 
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz")
 
@@ -90,17 +90,9 @@ def _text_of(row: Any, field: str, where: str) -> str:
 
 
 def _hub_texts(data: str, field: str, split: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise MissingPackageError("reading from the hub needs `datasets`: pip install 'shadowpeft[hub]'") from error
     name, _, config = data.removeprefix("hub:").partition(":")
-    try:
-        rows = load_dataset(name, config or None, split=split, streaming=True)
-    except (OSError, ValueError, RuntimeError, DatasetsError, *HTTP_ERRORS) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot stream {name!r} from the hub: {first}. Pass a local file or folder") from error
+    way_out = "Pass a local file or folder"
+    rows = load_from_hub(name, config or None, way_out=way_out, split=split, streaming=True)
     for number, row in enumerate(rows, start=1):
         yield _text_of(row, field, f"{name}, row {number}")
 
