@@ -14,6 +14,7 @@ from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.files import SaveError
 from shadowpeft.model import checkpoint
+from shadowpeft.model.fingerprint import fingerprint
 
 pytestmark = pytest.mark.contract
 
@@ -104,6 +105,15 @@ def test_other_weights_of_the_same_shape_are_refused_unless_allowed(saved):
     with pytest.raises(CheckpointError, match=r"other weights than the one .*allow_other_weights=True"):
         load(saved[0], base)
     assert load(saved[0], base, allow_other_weights=True)(tokens()).logits.shape == (2, 9, 97)
+
+
+def test_a_table_of_a_real_size_has_a_fingerprint():
+    """GPT-2's: its last index is no fp32 number, and the nearest one is past the end."""
+    base = tiny_base("gpt2")
+    table = torch.zeros(50257, 768, dtype=torch.bfloat16)
+    table.view(-1)[0], table.view(-1)[-1] = 1.0, 2.0
+    base.transformer.wte.weight = torch.nn.Parameter(table)
+    assert fingerprint(base)["wte.weight"] == [1.0, *[0.0] * 6, 2.0]
 
 
 def test_a_failed_load_leaves_the_model_as_it_was(saved):

@@ -47,7 +47,9 @@ def _spread(names: list[str], most: int) -> list[str]:
 
 def _samples(tensor: Tensor) -> list[float]:
     flat = whole(tensor.detach()).reshape(-1)
-    positions = torch.linspace(0, flat.numel() - 1, NUM_VALUES).long().to(flat.device)
+    # In fp32, as saved fingerprints were: past 2^24 elements the last position rounds, often up to one that is not there.
+    last = flat.numel() - 1
+    positions = torch.linspace(0, last, NUM_VALUES, dtype=torch.float32).long().clamp_(max=last).to(flat.device)
     return [float(f"{value:.6g}") for value in flat[positions].float().tolist()]
 
 
