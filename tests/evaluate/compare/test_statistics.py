@@ -7,7 +7,6 @@ from shadowpeft.evaluate.compare.statistics import (
     estimate,
     mean_difference,
     mean_of_rows,
-    permutation_p,
     row_by_row,
 )
 from shadowpeft.train.answers import BLEU, bleu_counts
@@ -57,27 +56,39 @@ def test_equal_methods_differ_by_nothing_and_p_is_one():
     assert (gap.value, gap.low, gap.high, gap.p) == (0.0, 0.0, 0.0, 1.0)
 
 
-def test_p_of_a_few_discordant_rows_is_that_of_the_exact_sign_test():
-    first, second = right_answers([1] * 6 + [0] * 44), right_answers([0] * 50)
-    exact = 2 / 2**6  # all six rows on one side, two-sided
-    assert permutation_p(first, second) == pytest.approx(exact, abs=0.015)
+def test_p_of_a_few_discordant_rows_is_small_and_grows_with_fewer():
+    p = [difference(right_answers([1] * n + [0] * (50 - n)), right_answers([0] * 50)).p for n in (2, 4, 8)]
+    # That no resample of 50 rows meets one of n has probability (1 - n / 50)^50: 0.13, 0.015, 0.0002; twice that.
+    assert p == pytest.approx([0.26, 0.031, 0.001], abs=0.03) and p[0] > p[1] > p[2]
 
 
-def test_p_is_about_uniform_where_the_methods_are_equally_good():
-    values = [
-        permutation_p(random_answers(0.5, rows=60, seed=number), random_answers(0.5, rows=60, seed=1000 + number))
-        for number in range(60)
+def seeds_with_luck(generator: torch.Generator, *, spread: float, rows: int = 200, seeds: int = 3) -> Sample:
+    """Answers of trainings whose share of right answers differs by seed, on rows that differ in difficulty."""
+    shares = 0.5 + spread * torch.randn(seeds, 1, generator=generator, dtype=torch.float64)
+    difficulty = 0.2 * (torch.rand(1, rows, generator=generator, dtype=torch.float64) - 0.5)
+    drawn = torch.rand(seeds, rows, generator=generator, dtype=torch.float64) < shares + difficulty
+    return right_answers(*drawn.double().tolist())
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(seeds):
+    """Two methods that are equally good on average; resampling three seeds with replacement covers that in 3 of 4 cases."""
+    generator = torch.Generator().manual_seed(0)
+    gaps = [
+        difference(*(seeds_with_luck(generator, spread=0.08, seeds=seeds) for _ in range(2)), seed=number)
+        for number in range(200)
     ]
-    # Under the null at most 5% fall below 0.05; 12 of 60 or more would happen with probability below 1e-4.
-    assert sum(value < 0.05 for value in values) < 12
-    assert sum(values) / len(values) > 0.35
+    covered = sum(gap.low <= 0 <= gap.high for gap in gaps)
+    # Of 200 at 95%, fewer than 180 come with probability below 0.002; all of them would be an interval that says nothing.
+    assert 180 <= covered < 200
+    # p and interval are one statement; draws at the edge may fall on either side.
+    assert all((gap.p < 0.05) != (gap.low <= 0 <= gap.high) for gap in gaps if abs(gap.p - 0.05) > 0.004)
 
 
-def test_seeds_of_a_row_are_swapped_together():
-    rows, seeds = 4, 5
-    first, second = right_answers(*[[1] * rows] * seeds), right_answers(*[[0] * rows] * seeds)
-    # Twenty independent swaps would give p of 2^-19; four rows can only give 2 / 2^4.
-    assert permutation_p(first, second) == pytest.approx(2 / 2**rows, abs=0.02)
+def test_with_one_seed_the_interval_is_of_rows_alone():
+    one = random_answers(0.5, rows=400)
+    thrice = right_answers(*[one.counts[0, :, 0].tolist()] * 3)
+    assert estimate(thrice) == estimate(one)  # seeds that agree add nothing
 
 
 def test_a_corpus_metric_is_computed_from_resampled_counts_and_not_averaged_over_rows():

@@ -12,10 +12,10 @@ Entry = dict[str, Any]
 Part = tuple[str, str, list[str], list[list[str]]]  # heading, text above, columns, rows
 
 METHOD_NOTE = (
-    "Scores are means over seeds, times 100, with a 95% bootstrap interval over seeds and rows. Differences are "
-    "paired: the same rows and seeds for both methods; their interval is a paired bootstrap over seeds and rows, p a "
-    "two-sided permutation test that swaps the two methods' answers row by row, all seeds together. p is not corrected "
-    "for the number of tasks. Means are over tasks of one kind; that of written answers mixes their metrics."
+    "Scores are means over seeds, times 100, with a 95% interval: a bootstrap over rows, and Student's t over seeds (with "
+    "one seed, rows alone). Differences are paired: the same of the differences seed by seed, on the same rows; p is "
+    "two-sided, from the same draws, and not corrected for the number of tasks. Means are over tasks of one kind; that of "
+    "written answers mixes their metrics."
 )
 
 

@@ -1,13 +1,16 @@
-"""Intervals and tests over rows and seeds together.
+"""Intervals over rows and seeds together.
 
 A method's score on a task is a table [S, N, K]: seeds, rows, counts of each row. The metric of a seed is ``value`` of
 the counts summed over rows (accuracy: right answers and rows), and the score is the mean over seeds.
 
-*Interval*: percentile bootstrap at 95%; each resample draws seeds and rows with replacement, the same rows for all
-seeds. *Paired difference*: the same draws for both methods. *Test*: permutation; under the null hypothesis the two
-methods' answers to a row can be swapped, so they are, at random, row by row (all seeds of a row together), and p is the
-share of differences at least as large as the one found. The interval holds the luck of rows and seeds; the test, of
-rows alone.
+*Interval*: 95% of ``NUM_RESAMPLES`` draws of the score, each with two kinds of luck. Rows: drawn with replacement, the
+same for all seeds (bootstrap). Seeds: a draw of Student's t with S - 1 degrees of freedom times s / sqrt(S), s the
+standard deviation between seeds; resampling three seeds would give little more than the worst and the best of them. With
+one seed that part is missing, and the interval is of rows alone. Rows that single seeds happen to get right are in both
+parts, so it is a little too wide rather than too narrow.
+
+*Paired difference*: the same of the differences seed by seed, with the same rows. *p*: two-sided, the share of draws on
+the other side of zero, twice.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 NUM_RESAMPLES = 2000
+SEEDS = 1_000_000  # so that draws of seeds and of rows come from different streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,7 @@ class Sample:
     @property
     def mean(self) -> float:
         """The metric, averaged over seeds."""
-        return self.value(self.counts.sum(1)).mean().item()
+        return seeds_of(self).mean().item()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,57 +70,75 @@ def row_by_row(value: Callable[[Sequence[float]], float]) -> Callable[[Tensor], 
     return of_table
 
 
+def seeds_of(sample: Sample) -> Tensor:
+    """[S]: the metric of each seed."""
+    return sample.value(sample.counts.sum(1))
+
+
 def resampled(sample: Sample, *, seed: int = 0) -> Tensor:
-    """[B]: the score of ``NUM_RESAMPLES`` resamples; samples of the same shape see the same draws for the same seed."""
-    num_seeds, num_rows, _ = sample.counts.shape
+    """[B, S]: the metric of each seed on ``NUM_RESAMPLES`` resamples of the rows; samples with the same number of rows see the
+    same draws for the same ``seed``."""
+    num_rows = sample.counts.shape[1]
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(num_rows, (NUM_RESAMPLES, num_rows), generator=generator)
     times = torch.zeros(NUM_RESAMPLES, num_rows, dtype=torch.float64)
     times.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-    sums = torch.einsum("bn,snk->bsk", times, sample.counts)
-    seeds = torch.randint(num_seeds, (NUM_RESAMPLES, num_seeds), generator=generator)
-    return sample.value(sums).gather(1, seeds).mean(1)
+    return sample.value(torch.einsum("bn,snk->bsk", times, sample.counts))
+
+
+def with_luck_of_seeds(draws: Tensor, seeds: Tensor, *, seed: int = 0) -> Tensor:
+    """[B]: draws of the mean over seeds, from draws of rows [B, S] and what each seed has on all rows [S]."""
+    num_seeds, mean = len(seeds), draws.mean(1)
+    if num_seeds == 1:
+        return mean
+    generator = torch.Generator().manual_seed(seed + SEEDS)
+    normal = torch.randn(len(draws), num_seeds, generator=generator, dtype=torch.float64)
+    student = normal[:, 0] / normal[:, 1:].square().mean(1).sqrt()
+    return mean + student * seeds.std() / num_seeds**0.5
 
 
 def estimate(sample: Sample, *, seed: int = 0) -> Estimate:
     """The score and its interval."""
-    return _with_interval(sample.mean, resampled(sample, seed=seed))
+    return _score(sample.mean, _draws(sample, seed))
 
 
 def difference(first: Sample, second: Sample, *, seed: int = 0) -> Estimate:
-    """``first - second``, paired by seed and row, with the p of the permutation test."""
-    draws = resampled(first, seed=seed) - resampled(second, seed=seed)
-    found = _with_interval(first.mean - second.mean, draws)
-    return Estimate(value=found.value, low=found.low, high=found.high, p=permutation_p(first, second, seed=seed))
-
-
-def permutation_p(first: Sample, second: Sample, *, seed: int = 0) -> float:
-    """Two-sided p of swapping the two methods' answers row by row; (1 + hits) / (1 + draws)."""
-    generator = torch.Generator().manual_seed(seed)
-    num_rows = first.counts.shape[1]
-    swap = torch.randint(2, (NUM_RESAMPLES, num_rows), generator=generator).double()
-    moved = torch.einsum("bn,snk->bsk", swap, second.counts - first.counts)
-    left, right = first.counts.sum(1) + moved, second.counts.sum(1) - moved
-    found = abs(first.mean - second.mean)
-    differences = (first.value(left) - second.value(right)).mean(1).abs()
-    return (1 + int((differences >= found - 1e-12).sum())) / (1 + NUM_RESAMPLES)
+    """``first - second``, paired by seed and row."""
+    return _gap(first.mean - second.mean, _draws_of_pair(first, second, seed))
 
 
 def mean_difference(pairs: Sequence[tuple[Sample, Sample]]) -> Estimate:
-    """The mean over tasks of paired differences; tasks are resampled apart, for they share no rows."""
-    draws = torch.stack(
-        [resampled(first, seed=index) - resampled(second, seed=index) for index, (first, second) in enumerate(pairs)]
-    ).mean(0)
-    value = sum(first.mean - second.mean for first, second in pairs) / len(pairs)
-    return _with_interval(value, draws)
+    """The mean over tasks of paired differences; tasks are drawn apart, for they share neither rows nor trainings."""
+    draws = [_draws_of_pair(first, second, index) for index, (first, second) in enumerate(pairs)]
+    return _gap(sum(first.mean - second.mean for first, second in pairs) / len(pairs), torch.stack(draws).mean(0))
 
 
 def mean_estimate(samples: Sequence[Sample]) -> Estimate:
     """The mean over tasks of scores."""
-    draws = torch.stack([resampled(sample, seed=index) for index, sample in enumerate(samples)]).mean(0)
-    return _with_interval(sum(sample.mean for sample in samples) / len(samples), draws)
+    draws = torch.stack([_draws(sample, index) for index, sample in enumerate(samples)]).mean(0)
+    return _score(sum(sample.mean for sample in samples) / len(samples), draws)
 
 
-def _with_interval(value: float, draws: Tensor) -> Estimate:
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+def _draws(sample: Sample, seed: int) -> Tensor:
+    return with_luck_of_seeds(resampled(sample, seed=seed), seeds_of(sample), seed=seed)
+
+
+def _draws_of_pair(first: Sample, second: Sample, seed: int) -> Tensor:
+    draws = resampled(first, seed=seed) - resampled(second, seed=seed)
+    return with_luck_of_seeds(draws, seeds_of(first) - seeds_of(second), seed=seed)
+
+
+def _score(value: float, draws: Tensor) -> Estimate:
+    """Scores lie between 0 and 1, so their interval does."""
+    low, high = _interval(draws.clamp(0, 1))
     return Estimate(value=value, low=low, high=high)
+
+
+def _gap(value: float, draws: Tensor) -> Estimate:
+    low, high = _interval(draws)
+    beyond = min(int((draws <= 0).sum()), int((draws >= 0).sum()))
+    return Estimate(value=value, low=low, high=high, p=min(1.0, 2 * (1 + beyond) / (1 + len(draws))))
+
+
+def _interval(draws: Tensor) -> list[float]:
+    return draws.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
