@@ -258,7 +258,9 @@ def test_a_classifier_keeps_its_heads_and_label_names(tmp_path):
         load(tmp_path, tiny_base())
 
 
-def test_push_to_hub_uploads_the_three_files_and_no_more(saved, monkeypatch):
+@pytest.fixture
+def uploads(monkeypatch):
+    """Every call of the hub's API, which does nothing."""
     calls = []
 
     class FakeApi:
@@ -270,16 +272,51 @@ def test_push_to_hub_uploads_the_three_files_and_no_more(saved, monkeypatch):
             return type("Repo", (), {"repo_id": "me/" + repo_id})
 
         def upload_folder(self, *, repo_id, folder_path, allow_patterns, **options):
-            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir()), options))
             return type("Commit", (), {"commit_url": "address of the commit"})
 
     monkeypatch.setattr(checkpoint, "HfApi", FakeApi)
+    return calls
+
+
+def uploaded(**options):
+    options = {"commit_message": "Upload ShadowPEFT adapter", "revision": None, "create_pr": False, **options}
+    return ("upload", "me/adapter", ["README.md", "shadow_config.json", "shadow_model.safetensors"], options)
+
+
+def test_push_to_hub_uploads_the_three_files_and_no_more(saved, uploads):
     assert saved[1].push_to_hub("adapter", token="secret", private=True) == "address of the commit"
-    assert calls == [
-        ("token", "secret"),
-        ("create", "adapter", {"private": True, "exist_ok": True}),
-        ("upload", "me/adapter", ["README.md", "shadow_config.json", "shadow_model.safetensors"]),
-    ]
+    assert uploads == [("token", "secret"), ("create", "adapter", {"private": True, "exist_ok": True}), uploaded()]
+
+
+def test_an_upload_while_saving_is_as_private_and_goes_where_it_was_told(saved, uploads):
+    folder, model = saved
+    options = {"commit_message": "better", "revision": "v2", "create_pr": True}
+    model.save_pretrained(folder, push_to_hub=True, token="secret", private=True, max_shard_size="1GB", **options)
+    assert uploads == [("token", "secret"), ("create", "adapter", {"private": True, "exist_ok": True}), uploaded(**options)]
+    with pytest.raises(TypeError, match="privat"):
+        model.save_pretrained(folder, push_to_hub=True, privat=True)
+    assert len(uploads) == 3
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
+def test_the_state_dict_of_a_wrapped_model_saves_the_adapter(saved, tmp_path, prefix):
+    folder, model = saved
+    state = {prefix + name: tensor for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "again", state_dict=state)
+    assert content(tmp_path / "again") == content(folder)
+
+
+def test_a_state_dict_without_the_adapter_is_refused_and_nothing_written(saved, tmp_path):
+    state = {"wrapper." + name: tensor for name, tensor in saved[1].state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"2. of its 2. tensors are missing and 0 are unknown.* or none"):
+        saved[1].save_pretrained(tmp_path / "again", state_dict=state)
+    assert not (tmp_path / "again").exists()
+
+
+def test_options_for_a_base_beside_a_base_are_refused(saved):
+    with pytest.raises(ConfigError, match=r"revision, token would load a base.*hub_options"):
+        ShadowModel.from_pretrained(saved[0], tiny_base(), revision="v2", token="secret")
 
 
 def test_the_card_names_the_base_but_no_path_of_this_machine(tmp_path):

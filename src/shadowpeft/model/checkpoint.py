@@ -77,15 +77,23 @@ def save_adapter(
 
     Raises:
         ConfigError: there is nothing to share.
-        CheckpointError: the weights are sharded, and what is needed of them was not gathered by all processes.
+        CheckpointError: the weights are sharded, and what is needed of them was not gathered by all processes; or
+            ``state`` is not the network's.
     """
     if (state is None and is_sharded(network)) or (base_description is None and is_sharded(base)):
         raise CheckpointError(
             "the weights are sharded over several processes, so one of them cannot save alone; let all of them call "
             "save_sharded(folder, is_main_process=...)"
         )
+    own = network.state_dict()
+    if state is not None and state.keys() != own.keys():
+        missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+        raise CheckpointError(
+            f"the given state dict does not hold the adapter: {len(missing)} of its {len(own)} tensors are missing and "
+            f"{len(unknown)} are unknown, first {(missing + unknown)[0]!r}; pass the state_dict() of the whole model, or none"
+        )
     left_out = shared.unchanged(base, network) if share_backbone else {}
-    state = network.state_dict() if state is None else state
+    state = own if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in left_out}
     digest = weights_digest(tensors)
     described = {

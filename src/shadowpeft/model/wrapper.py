@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from shadowpeft.core import ShadowNetwork, ShadowRun
 from shadowpeft.core.needed_rows import only_rows, row_wise_weights
+from shadowpeft.errors import ConfigError
 from shadowpeft.model import checkpoint, detach
 from shadowpeft.model.adapters import AdaptedModel
 from shadowpeft.model.architectures import blocks_of, decoder_of
@@ -21,6 +22,13 @@ from shadowpeft.model.sharded import gathered_state
 # Asked of the base alone: the shadow has its own blocks, whose attention maps nobody ordered.
 _REPORTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _BASE_ONLY = (*_REPORTS, "return_dict")
+# How transformers writes the files of a whole model; an adapter's are written in one way.
+_WRITING_OPTIONS = (
+    "max_shard_size", "variant", "safe_serialization", "save_function", "save_peft_format", "save_original_format",
+    "distributed_checkpoint",
+)  # fmt: skip
+# What torch.compile and data-parallel wrappers put in front of the names of a model's tensors.
+_WRAPPERS = ("_orig_mod.", "module.")
 
 
 class ShadowModel(AdaptedModel):
@@ -36,34 +44,46 @@ class ShadowModel(AdaptedModel):
     # ---------------------------------------------------------------- saving and loading
 
     def save_pretrained(  # type: ignore[override]
-        self, save_directory: str | Path, *, adapter_name: str | None = None, **kwargs: Any
+        self,
+        save_directory: str | Path,
+        *,
+        adapter_name: str | None = None,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        share_backbone: bool = False,
+        base_description: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Writes the adapter only: ``shadow_config.json``, ``shadow_model.safetensors`` and a model card.
 
-        Files appear complete or not at all. ``push_to_hub=True`` uploads the folder afterwards.
-        ``share_backbone=True`` leaves out what is unchanged from a pretrained shadow.
+        Files appear complete or not at all.
+
+        Args:
+            state_dict: of this model, gathered or unwrapped by a trainer; None: the weights as they are.
+            share_backbone: leave out what is unchanged from a pretrained shadow.
+            push_to_hub: upload the folder afterwards, as ``repo_id`` (default: the folder's name), with ``token``,
+                ``commit_message``, ``private``, ``revision`` and ``create_pr`` as in :meth:`push_to_hub`.
+
+        Raises:
+            CheckpointError: ``state_dict`` holds another set of tensors than the adapter; nothing is written then.
         """
-        if not kwargs.get("is_main_process", True):
+        if not is_main_process:
             return
         name = self.active_adapter if adapter_name is None else adapter_name
-        state = kwargs.get("state_dict")
-        if state is not None:
-            prefix = f"networks.{name}."
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         folder = Path(save_directory)
-        share_backbone = bool(kwargs.get("share_backbone"))
-        description = kwargs.get("base_description")
         checkpoint.save_adapter(
             self.base,
             self.network(name),
             folder,
-            state,
+            None if state_dict is None else _adapter_part(state_dict, name),
             share_backbone=share_backbone,
-            base_description=description,
+            base_description=base_description,
         )
-        if kwargs.get("push_to_hub"):
-            options = {key: kwargs[key] for key in ("token", "commit_message") if key in kwargs}
-            checkpoint.upload(folder, kwargs.get("repo_id") or folder.name, **options)
+        if push_to_hub:
+            options = _without(kwargs, _WRITING_OPTIONS)
+            checkpoint.upload(folder, repo_id or folder.name, **options)
 
     def save_sharded(self, save_directory: str | Path, *, is_main_process: bool, **kwargs: Any) -> None:
         """As :meth:`save_pretrained`, called by every process that holds a part of the weights; the main one writes.
@@ -132,8 +152,18 @@ class ShadowModel(AdaptedModel):
         hub_options: dict[str, Any] | None = None,
         **base_options: Any,
     ) -> "ShadowModel":
-        """Loads an adapter onto ``base``, or onto the base it names (``base_options`` go to its from_pretrained)."""
+        """Loads an adapter onto ``base``, or onto the base it names (``base_options`` go to its from_pretrained).
+
+        Raises:
+            ConfigError: ``base_options`` beside a base that is loaded already.
+            CheckpointError: as :meth:`load_adapter`.
+        """
         hub_options = hub_options or {}
+        if base is not None and base_options:
+            raise ConfigError(
+                f"{', '.join(base_options)} would load a base, but base= is one already; options for fetching the adapter "
+                "go into hub_options={...}"
+            )
         if base is None:
             base = checkpoint.load_base(adapter_path, hub_options, **base_options)
         network = checkpoint.load_adapter(
@@ -222,6 +252,17 @@ class ShadowModel(AdaptedModel):
         if use_cache is not None:
             return use_cache
         return bool(self.config.use_cache) and labels is None and not self.training
+
+
+def _adapter_part(state: dict[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of one adapter, by their names in its network, out of a state dict of the whole, maybe wrapped, model."""
+    prefix, part = f"networks.{adapter_name}.", {}
+    for key, tensor in state.items():
+        while key.startswith(_WRAPPERS):
+            key = key.split(".", 1)[1]
+        if key.startswith(prefix):
+            part[key.removeprefix(prefix)] = tensor
+    return part
 
 
 def _without(values: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
