@@ -233,6 +233,28 @@ def test_an_end_token_inside_accepted_drafts_ends_the_row_and_pads_it():
                 torch.testing.assert_close(ours.keys, theirs.keys)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("settings", [{"confidence_threshold": 0.3}, {"adaptive": True}], ids=["threshold", "adaptive"])
+def test_a_round_writes_no_more_than_it_verified_when_other_rows_end(kind, settings):
+    """Rows that end let another, far ahead of them, write what it had settled: more than the next round looks at."""
+    model = adapted("qwen3", num_hidden_layers=2)
+    short = torch.nn.functional.pad(tokens(1, 4, seed=9), (LENGTH - 4, 0))
+    ids = torch.cat([short.expand(12, -1), tokens(1, LENGTH)])
+    free = greedy(model, ids, attention_mask=(ids != 0).long())
+    eos = int(free[0, LENGTH])
+    assert eos not in free[-1]
+    options = {"attention_mask": (ids != 0).long(), "min_new_tokens": None, "eos_token_id": eos}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    plain = greedy(model, ids, **options, **{CACHE: make_cache(kind, model)})
+    # The drafts of the last row all stand, the others' all fall.
+    drafted = free + torch.tensor([[1]] * 12 + [[0]])
+    speculative = SpeculativeConfig(num_draft_tokens=DRAFTS * 2, draft_processor=oracle(drafted), **settings)
+    out = greedy(model, ids, speculative=speculative, **options, **{CACHE: make_cache(kind, model)})
+    assert torch.equal(out.sequences, plain.sequences)
+    torch.testing.assert_close(torch.stack(out.scores), torch.stack(plain.scores))
+    assert out.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+
+
 def test_a_confidence_threshold_stops_drafting_but_changes_nothing(prompts):
     model, ids, plain = prompts
     counts = []

@@ -119,6 +119,9 @@ def draft(
 
 
 def _is_any_sure(confidence: Tensor, threshold: float, known: Known | None, place: int) -> bool:
-    """Whether a row that really drafts is confident; while one is, drafting goes on for all."""
+    """Whether a row that really drafts is confident, or none drafts here; while it is so, drafting goes on for all."""
     sure = confidence >= threshold
-    return bool((sure if known is None else sure & (place >= known.count)).any())
+    if known is None:
+        return bool(sure.any())
+    drafts = place >= known.count
+    return bool((sure & drafts).any() | ~drafts.any())

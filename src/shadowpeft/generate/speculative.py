@@ -199,7 +199,8 @@ def _count(num_accepted: Tensor, settled: Known, known: Known | None, written: W
     # A test ends at the first draft that falls.
     tested = [min(accepted + 1, num_drafts) - min(lead, num_drafts) for _, accepted, lead, _ in rows]
     return _Counts(
-        advance=min(count for count, *_ in rows),
+        # Rows may have settled more than this round looked at, but the caches hold no more.
+        advance=min(num_drafts + 1, *(count for count, *_ in rows)),
         num_rows=len(rows),
         num_drafted=sum(max(num_drafts - lead, 0) for _, _, lead, _ in rows),
         num_tested=sum(max(number, 0) for number in tested),
