@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
@@ -74,6 +75,20 @@ def test_all_variants_survive_saving_and_loading(tmp_path):
 def test_an_adapter_loads_onto_the_same_base_in_another_dtype(saved):
     folder, _ = saved
     assert load(folder, tiny_base(dtype=torch.bfloat16))(tokens()).logits.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_16_bit_shadow_detached_and_reloaded_agrees_far_into_a_text(tmp_path, dtype):
+    """transformers makes rotary frequencies anew in fp32; 16-bit ones would be off by more the further the position."""
+    base = tiny_base(dtype=torch.float32, max_position_embeddings=256)
+    model = get_shadow_model(base, tiny_config(adapter_dtype=dtype))
+    randomise(model.network())
+    detached = model.detach()
+    detached.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    ids = tokens(1, 240)
+    assert reloaded.dtype == detached.dtype == getattr(torch, dtype)
+    assert torch.equal(reloaded(ids).logits, detached(ids).logits)
 
 
 def test_a_loaded_adapter_is_frozen_unless_asked_otherwise(saved):

@@ -1,7 +1,7 @@
 """From a base and a config to a network that is ready to train."""
 
 import copy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from shadowpeft.model.backbones import embedding_width, explicit_backbone, impli
 from shadowpeft.model.placement import place
 from shadowpeft.model.pretrained import load_projection
 from shadowpeft.model.truncate import truncated_backbone
+
+Cast = TypeVar("Cast", bound=nn.Module)
 
 
 def is_classifier(base: PreTrainedModel) -> bool:
@@ -60,7 +62,22 @@ def assemble_network(base: PreTrainedModel, config: ShadowConfig, backbone: PreT
     if is_classifier(base):
         copy_head(base, network)
     dtype = base.dtype if config.adapter_dtype == "base" else getattr(torch, config.adapter_dtype)
-    return place(network.to(dtype=dtype), base)
+    return place(cast(network, dtype), base)
+
+
+def cast(module: Cast, dtype: torch.dtype) -> Cast:
+    """The module, in place, with all that is saved of it in ``dtype``.
+
+    What is not saved stays as it was made: rotary frequencies, which transformers makes and reads in fp32 whatever a
+    model's dtype; rounded to bf16 they are off by up to 0.2 %, which is whole radians a thousand tokens on.
+    """
+    saved = module.state_dict().keys()
+    unsaved = [(name, buffer) for name, buffer in module.named_buffers(remove_duplicate=False) if name not in saved]
+    module.to(dtype=dtype)
+    for name, buffer in unsaved:
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, buffer)
+    return module
 
 
 def copy_head(base: PreTrainedModel, network: ShadowNetwork) -> None:

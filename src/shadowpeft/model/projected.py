@@ -13,6 +13,7 @@ from shadowpeft import files
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import ArchitectureError, CheckpointError
 from shadowpeft.model.architectures import finish_of, head_of
+from shadowpeft.model.build import cast
 from shadowpeft.model.detach import detached_model
 from shadowpeft.model.pretrained import (
     PROJECTED_TYPE,
@@ -85,7 +86,7 @@ def plain_from_projected(source: str) -> tuple[PreTrainedModel, Tensor]:
         model: PreTrainedModel = model_class(config)
     if head_of(model).bias is not None:
         raise ArchitectureError(f"a {config.model_type} head has a bias, which the projected format does not store")
-    setattr(model, model.base_model_prefix, backbone.to(projection.dtype))  # type: ignore[arg-type]
+    setattr(model, model.base_model_prefix, cast(backbone, projection.dtype))
     folded = nn.Linear(projection.shape[1], head.shape[0], bias=False, device="meta")
     folded.weight = nn.Parameter(head.to(projection.dtype) @ projection, requires_grad=False)
     model.set_output_embeddings(folded)
