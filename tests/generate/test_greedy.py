@@ -116,6 +116,37 @@ def test_processors_see_each_place_with_its_own_prefix(options):
     assert torch.equal(greedy(model, ids, speculative=3, **options), plain)
 
 
+EOS, PAD = 2, 0
+
+
+def ends_after(lengths):
+    """``prefix_allowed_tokens_fn``: so many tokens a row, then its end, then padding while another row is at work."""
+
+    def allowed(row, prefix):
+        written = prefix[LENGTH:].tolist()
+        if EOS not in written:
+            return list(range(3, 30)) if len(written) < lengths[row] else [EOS]
+        behind = written[written.index(EOS) + 1 :]
+        return [PAD] if set(behind) <= {PAD} and len(written) <= max(lengths) else []
+
+    return allowed
+
+
+@pytest.mark.parametrize("lengths", [[3], [0], [DRAFTS], [2, 5], [5, 2], [1, 3, 2]])
+@pytest.mark.parametrize("settings", [{}, {"confidence_threshold": 0.5}], ids=["sure", "unsure"])
+def test_constraints_are_asked_for_no_other_places_than_in_plain_decoding(lengths, settings):
+    """Behind an end token nothing is allowed, which transformers refuses."""
+    model, ids = adapted(), tokens(len(lengths), LENGTH)
+    options = {"min_new_tokens": None, "prefix_allowed_tokens_fn": ends_after(lengths)}
+    plain = greedy(model, ids, **options)
+    assert plain.shape[1] == LENGTH + max(lengths) + 1
+    for speculative in (SpeculativeConfig(**settings), rigged(plain, **settings), rigged(plain, 3, **settings)):
+        assert torch.equal(greedy(model, ids, speculative=speculative, **options), plain)
+    torch.manual_seed(0)
+    sampled = greedy(model, ids, do_sample=True, speculative=rigged(plain, 3, **settings), **options)
+    assert torch.equal(sampled == EOS, plain == EOS)
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "opt"])
 @pytest.mark.parametrize("kind", ["none", "static"])
 def test_left_padded_rows_accept_their_own_numbers(model_type, kind):

@@ -69,12 +69,14 @@ class Draft:
         window: [B, k + 1], the last token that is settled and k drafts.
         states: [B, n + k, d], s(0) of both.
         q: [B, k, V], what the drafts were drawn from; None if greedy.
+        is_over: every row has ended with these drafts; only known where processors may not be asked behind the ends.
     """
 
     lead: Tensor
     window: Tensor
     states: Tensor
     q: Tensor | None
+    is_over: bool = False
 
 
 def draft(
@@ -87,16 +89,21 @@ def draft(
     num_drafts: int,
     confidence_threshold: float = 0.0,
     known: Known | None = None,
+    at_work: Tensor | None = None,
 ) -> Draft:
     """Drafts at most ``num_drafts`` tokens behind ``sequences`` [B, T], whose last ``num_pending`` are in no cache yet.
 
     The shadow runs once for every token, the last draft included; the last needs no head.
+
+    Args:
+        at_work: [B], rows that have not ended; None: all.
     """
     pending = tokens = sequences[:, -num_pending:]
     drafts, states, drawn_from = [], [], []
-    start, is_sure = 0, True
+    start, is_sure, is_over = 0, True, False
+    has_ended = torch.zeros_like(sequences[:, 0], dtype=torch.bool) if at_work is None else ~at_work
     for place in range(num_drafts):
-        if not is_sure:
+        if is_over or not is_sure:
             break
         stop = start + tokens.shape[1]
         state, logits = passes.draft_step(tokens, *places.at(start, stop), with_head=True)
@@ -106,6 +113,9 @@ def draft(
         token, q, confidence = scoring.draft(logits[:, -1], prefix, with_confidence=confidence_threshold > 0)
         is_sure = confidence is None or _is_any_sure(confidence, confidence_threshold, known, place)
         token = token if known is None else known.instead_of(token, place)
+        if scoring.ends is not None:
+            token, has_ended = scoring.ends.pad_behind(has_ended, token)
+            is_over = bool(has_ended.all())
         tokens, start = token[:, None], stop
         drafts.append(tokens)
         drawn_from.append(q)
@@ -115,6 +125,7 @@ def draft(
         window=torch.cat([pending[:, -1:], *drafts], 1),
         states=torch.cat(states, 1),
         q=torch.stack(drawn_from, 1) if drawn_from and drawn_from[0] is not None else None,
+        is_over=is_over,
     )
 
 

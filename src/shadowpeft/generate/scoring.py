@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from shadowpeft.generate.config import DraftProcessor
 
@@ -23,6 +23,7 @@ class Scoring:
         draft_processor: runs on the draft's logits before them.
         num_tokens: V, size of the vocabulary.
         draft_ids: [V'], the tokens that draft logits stand for; None: all.
+        ends: which tokens end a row, where a processor may refuse to be asked behind them; None elsewhere.
     """
 
     do_sample: bool
@@ -30,6 +31,7 @@ class Scoring:
     draft_processor: DraftProcessor | None
     num_tokens: int
     draft_ids: Tensor | None = None
+    ends: "Ends | None" = None
 
     @property
     def drafts_need_prefix(self) -> bool:
@@ -72,20 +74,59 @@ class Scoring:
         scores = logits.new_full((logits.shape[0], self.num_tokens), -torch.inf)
         return scores.index_copy_(1, self.draft_ids, logits)
 
-    def target(self, logits: Tensor, sequences: Tensor, window: Tensor) -> Tensor:
-        """Scores [B, T, V] of the base at the T tokens of ``window``; the first of them ends ``sequences``."""
+    def target(self, logits: Tensor, sequences: Tensor, window: Tensor, *, is_over: bool = False) -> Tensor:
+        """Scores [B, T, V] of the base at the T tokens of ``window``; the first of them ends ``sequences``.
+
+        Args:
+            is_over: no row goes on behind the window; processors are not asked for its last place.
+        """
         if not self.processors:
             return logits.float() if self.do_sample else comparable(logits)
         logits = logits.to(torch.float32, copy=True)
         prefix = torch.cat([sequences, window[:, 1:]], 1)
         start = sequences.shape[1]
         process: Any = self.processors
-        places = [process(prefix[:, : start + place], logits[:, place]) for place in range(window.shape[1])]
-        return torch.stack(places, 1)
+        num_asked = window.shape[1] - is_over
+        places = [process(prefix[:, : start + place], logits[:, place]) for place in range(num_asked)]
+        return torch.stack([*places, *logits[:, num_asked:].unbind(1)], 1)
 
     def choose(self, scores: Tensor) -> Tensor:
         """[B, V] -> [B]: what plain decoding does with processed scores."""
         return torch.multinomial(scores.softmax(-1), 1).squeeze(1) if self.do_sample else scores.argmax(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Tokens that end a row, and the padding behind them, as plain decoding writes it.
+
+    Attributes:
+        ids: [E], the end tokens.
+        pad: [], the padding.
+    """
+
+    ids: Tensor
+    pad: Tensor
+
+    @classmethod
+    def where_asked(cls, config: GenerationConfig, processors: LogitsProcessorList) -> "Ends | None":
+        """The ends of a call, if one of its processors may take no prefix beyond them: a constraint, or a user's own.
+
+        The others of transformers take any prefix, and to know whether all rows ended is to wait for the device.
+        """
+        ids, pad = config._eos_token_tensor, config._pad_token_tensor
+        if ids is None or pad is None or all(_takes_any_prefix(processor) for processor in processors):
+            return None
+        return cls(ids=ids, pad=pad)
+
+    def pad_behind(self, has_ended: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """``tokens`` [B], padding in rows that have ended [B], and which rows have ended with them."""
+        tokens = torch.where(has_ended, self.pad, tokens)
+        return tokens, has_ended | torch.isin(tokens, self.ids)
+
+
+def _takes_any_prefix(processor: object) -> bool:
+    is_constraint = isinstance(processor, PrefixConstrainedLogitsProcessor)
+    return type(processor).__module__.startswith("transformers.") and not is_constraint
 
 
 def comparable(logits: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from shadowpeft.generate.draft import Known, draft
 from shadowpeft.generate.length import DraftLength
 from shadowpeft.generate.passes import Passes, draft_cost, make_passes
 from shadowpeft.generate.rollback import recording, roll_back
-from shadowpeft.generate.scoring import Scoring
+from shadowpeft.generate.scoring import Ends, Scoring
 from shadowpeft.generate.statistics import SpeculativeOutput, SpeculativeStatistics, report
 from shadowpeft.generate.timeline import Timeline
 from shadowpeft.generate.written import Written
@@ -63,6 +63,7 @@ def decode(
         draft_processor=speculative.draft_processor,
         num_tokens=head_of(model).weight.shape[0],
         draft_ids=passes.draft_ids,
+        ends=Ends.where_asked(generation_config, logits_processor),
     )
     if _is_prompt_alone(input_ids, cache, generation_config, model_kwargs):
         timeline, before = Timeline.at_prompt(input_ids, cache, model_kwargs)
@@ -135,6 +136,7 @@ def _rounds(
             num_drafts=num_drafts,
             confidence_threshold=speculative.confidence_threshold,
             known=known,
+            at_work=written.at_work,
         )
         drafting += time.perf_counter() - at_start
         window = proposal.window
@@ -142,7 +144,7 @@ def _rounds(
         places = timeline.places(width, before=before).at(0, num_pending - 1 + width)
         tokens = torch.cat([proposal.lead, window], 1)
         logits = passes.verify(tokens, proposal.states, *places, num_logits=width)
-        scores = scoring.target(logits, sequences, window)
+        scores = scoring.target(logits, sequences, window, is_over=proposal.is_over)
         forced = None if known is None else known.forced(width - 1)
         if scoring.do_sample:
             q = scores.new_zeros((window.shape[0], 0, scores.shape[-1])) if proposal.q is None else proposal.q
