@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
+from shadowpeft.errors import ArchitectureError
 from shadowpeft.model.architectures import blocks_of, decoder_of
 from shadowpeft.train.trainer import ShadowTrainer
 
@@ -60,6 +61,18 @@ def test_an_adapter_moves_between_a_whole_and_an_offloaded_base(folder, tmp_path
         tmp_path / "adapter", AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     )
     assert_close(again(tokens()).logits, model.eval()(tokens()).logits)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "first"), [("first:1", "norm.weight"), ("spaced:2", r"layers.3\S+"), ("last:1", r"layers.3\S+")]
+)
+def test_a_shadow_of_blocks_that_are_offloaded_is_refused(folder, tmp_path, blocks, first):
+    with pytest.raises(ArchitectureError, match=rf"^{first} of the base is offloaded.*shadow_model='implicit'"):
+        adapted(offloaded(folder), shadow_model=f"base:{blocks}")
+    whole = adapted(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64), shadow_model=f"base:{blocks}")
+    whole.save_pretrained(tmp_path / "adapter")
+    again = ShadowModel.from_pretrained(tmp_path / "adapter", offloaded(folder))
+    assert_close(again(tokens()).logits, whole.eval()(tokens()).logits)
 
 
 def test_the_trainer_leaves_an_offloaded_base_where_it_is(folder, tmp_path):

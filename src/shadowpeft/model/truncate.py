@@ -31,7 +31,7 @@ def truncated_backbone(base: PreTrainedModel, config: ShadowConfig) -> PreTraine
 
     Raises:
         ConfigError: more blocks than the base has, or sizes that only an implicit shadow can choose.
-        ArchitectureError: what a block does depends on its place, so it cannot be moved.
+        ArchitectureError: what a block does depends on its place, so it cannot be moved; or a block is offloaded.
     """
     assert config.truncation is not None
     decoder = decoder_of(base)
@@ -72,7 +72,12 @@ def _copy_weights(decoder: PreTrainedModel, backbone: PreTrainedModel, indices: 
             index, rest = name.removeprefix(prefix).split(".", 1)
             theirs = f"{prefix}{indices[int(index)]}.{rest}"
         taken[name] = _full(source[theirs], theirs)
-    if not any(tensor.is_meta for tensor in taken.values()):
+        if taken[name].is_meta and backbone.device.type != "meta":
+            raise ArchitectureError(
+                f"{theirs} of the base is offloaded, so a shadow cannot start from a copy of it; make and save the adapter on "
+                "a base in memory and load it here, or use shadow_model='implicit'"
+            )
+    if backbone.device.type != "meta":
         backbone.load_state_dict(taken)
 
 
