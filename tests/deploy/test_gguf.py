@@ -110,6 +110,25 @@ def test_a_byte_level_vocabulary_is_stored_with_merges_kinds_and_word_rules(tmp_
     assert fields["tokenizer.ggml.eos_token_id"] == 0 and fields["tokenizer.ggml.add_bos_token"] is False
 
 
+def test_rows_of_a_padded_embedding_get_placeholders_and_too_few_rows_are_refused(tmp_path):
+    """llama.cpp refuses a file whose vocabulary is not as long as its table of embeddings."""
+    tokenizer = byte_level()
+    model = detached("qwen3", vocab_size=len(tokenizer) + 3)
+    write_gguf(model, tmp_path / "out", tokenizer=tokenizer)
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields.items()}
+    first = len(tokenizer)
+    assert fields["tokenizer.ggml.tokens"][first - 1 :] == [
+        tokenizer.convert_ids_to_tokens(first - 1),
+        *(f"[PAD{number}]" for number in range(first, first + 3)),
+    ]
+    assert fields["tokenizer.ggml.token_type"][first - 1 :] == [gguf.TokenType.NORMAL, *[gguf.TokenType.UNUSED] * 3]
+    with pytest.raises(ExportError, match=f"the vocabulary has {first + 3} tokens, but token_embd.weight {first} rows"):
+        check_gguf(tmp_path / "out" / GGUF_FILE, detached("qwen3", vocab_size=first), "float32")
+    with pytest.raises(ExportError, match=f"the tokenizer's last id is {first - 1}, .* has {first - 1} rows"):
+        write_gguf(detached("qwen3", vocab_size=first - 1), tmp_path / "few", tokenizer=tokenizer)
+    assert not (tmp_path / "few").exists()
+
+
 def test_word_rules_are_recognised_or_left_unnamed():
     byte = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     assert word_rules(byte) == "gpt-2"
@@ -133,7 +152,8 @@ def test_another_type_and_features_the_format_lacks_are_refused(tmp_path):
 def test_llama_cpp_writes_what_torch_writes(tmp_path, model_type, precision):
     pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (pip install 'shadowpeft[test]' on Linux)")
     tokenizer = byte_level()
-    model = detached(model_type, vocab_size=len(tokenizer))
+    # A row more than there are tokens, as tables are padded to round numbers.
+    model = detached(model_type, vocab_size=len(tokenizer) + 1)
     if precision == "float16":  # what the file holds, so that both read the same weights
         with torch.no_grad():
             for weight in model.parameters():

@@ -59,16 +59,17 @@ def write_gguf(
         name: ``general.name``.
 
     Raises:
-        ExportError: another type, or a feature of it that the format does not hold.
+        ExportError: another type, a feature of it that the format does not hold, or a tokenizer of more ids than rows.
         MissingPackageError: gguf is not installed.
     """
     gguf = need("gguf", what="GGUF export")
     check_generates(model, what="GGUF export")
     check_supported(model.config)
     target = new_folder(folder)
-    metadata, notes = ({}, ["no tokenizer was given"]) if tokenizer is None else tokenizer_metadata(tokenizer, gguf)
     if tokenizer is None:
-        metadata = {"tokenizer.ggml.model": "no_vocab"}
+        metadata, notes = {"tokenizer.ggml.model": "no_vocab"}, ["no tokenizer was given"]
+    else:
+        metadata, notes = tokenizer_metadata(tokenizer, gguf, num_rows=model.config.vocab_size)
 
     def write(staging: Path) -> None:
         writer = gguf.GGUFWriter(staging / GGUF_FILE, model.config.model_type)
@@ -166,13 +167,20 @@ def _add(writer: Any, key: str, value: Any) -> None:
 
 
 def check_gguf(path: Path, model: PreTrainedModel, precision: Precision) -> None:
-    """Reads the file back and compares every tensor, in the model's own order of rows.
+    """Reads the file back and compares every tensor, in the model's own order of rows, and the size of the vocabulary.
 
     Raises:
-        ExportError: a tensor is missing, unknown or holds other values.
+        ExportError: a tensor is missing, unknown or holds other values, or there are more or fewer tokens than rows.
     """
     gguf = need("gguf", what="GGUF export")
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    reader = gguf.GGUFReader(path)
+    vocabulary = reader.fields.get("tokenizer.ggml.tokens")
+    if vocabulary is not None and len(vocabulary.data) != model.config.vocab_size:
+        raise ExportError(
+            f"{path.name}: the vocabulary has {len(vocabulary.data)} tokens, but token_embd.weight "
+            f"{model.config.vocab_size} rows; please report this"
+        )
+    found = {tensor.name: tensor for tensor in reader.tensors}
     expected = dict(gguf_tensors(model, precision))
     wrong = sorted(found.keys() ^ expected.keys())
     wrong += [n for n, values in expected.items() if n in found and not np.array_equal(found[n].data, values)]

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from shadowpeft.deploy.packages import ExportError
+
 # How llama.cpp names the rules that cut text into words before the merges.
 _DIGITS = {"type": "Digits", "individual_digits": True}
 _QWEN2_PATTERN = (
@@ -15,15 +17,24 @@ _LLAMA3_PATTERN = _QWEN2_PATTERN.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
 _PATTERNS = {_QWEN2_PATTERN: "qwen2", _LLAMA3_PATTERN: "llama-bpe"}
 
 
-def tokenizer_metadata(tokenizer: PreTrainedTokenizerBase, gguf: Any) -> tuple[dict[str, Any], list[str]]:
-    """(metadata, notes). A tokenizer that is no byte-level BPE is left out, and a note says so."""
+def tokenizer_metadata(
+    tokenizer: PreTrainedTokenizerBase, gguf: Any, *, num_rows: int
+) -> tuple[dict[str, Any], list[str]]:
+    """(metadata, notes). A tokenizer that is no byte-level BPE is left out, and a note says so.
+
+    Args:
+        num_rows: of the table of embeddings; llama.cpp wants as many tokens.
+
+    Raises:
+        ExportError: the tokenizer has ids beyond them.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = json.loads(backend.to_str()) if backend is not None else {}
     rules = None if backend is None else word_rules(described.get("pre_tokenizer"))
     if described.get("model", {}).get("type") != "BPE" or rules is None:
         note = "the tokenizer is no byte-level BPE with known word rules, so the file holds no vocabulary"
         return {"tokenizer.ggml.model": "no_vocab"}, [note]
-    tokens, kinds = _tokens(tokenizer, described, gguf)
+    tokens, kinds = _tokens(tokenizer, described, gguf, num_rows=num_rows)
     merges = [" ".join(merge) if isinstance(merge, list) else merge for merge in described["model"]["merges"]]
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
@@ -60,12 +71,19 @@ def word_rules(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return None
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, described: dict[str, Any], gguf: Any) -> tuple[list[str], list[int]]:
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, described: dict[str, Any], gguf: Any, *, num_rows: int
+) -> tuple[list[str], list[int]]:
     """Texts and kinds by token number; numbers without a token get a placeholder, as llama.cpp's converter does."""
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
+    if max(texts) >= num_rows:
+        raise ExportError(
+            f"the tokenizer's last id is {max(texts)}, but the model's table of embeddings has {num_rows} rows; export "
+            "the model with its own tokenizer, or resize_token_embeddings first"
+        )
     special = {item["id"]: item["special"] for item in described.get("added_tokens", [])}
     tokens, kinds = [], []
-    for number in range(max(texts) + 1):
+    for number in range(num_rows):
         tokens.append(texts.get(number, f"[PAD{number}]"))
         if number not in texts:
             kinds.append(int(gguf.TokenType.UNUSED))
