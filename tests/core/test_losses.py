@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -45,6 +46,25 @@ def test_classification_losses_match_torch_for_each_kind_of_label():
         sequence_classification_loss(logits, several), F.binary_cross_entropy_with_logits(logits, several)
     )
     assert_close(sequence_classification_loss(logits[:, :1], logits[:, 1]), F.mse_loss(logits[:, 0], logits[:, 1]))
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification", "single_label_classification"])
+def test_classification_losses_are_means_over_all_labels_of_a_step(problem):
+    """The Trainer counts the numbers of [B, C], as it counts the classes of [B]."""
+    logits, labels = LOGITS[:, 0], LABELS[:, 0] if problem.startswith("single") else (LOGITS[:, 1] > 0).double()
+    whole = sequence_classification_loss(logits, labels, problem_type=problem)
+    count = labels.ne(-100).sum()
+    halves = [
+        sequence_classification_loss(logits[part], labels[part], count, problem_type=problem)
+        for part in (slice(0, 1), slice(1, 3))
+    ]
+    assert_close(sum(halves), whole)
+
+
+def test_float_labels_of_another_shape_than_the_logits_are_refused():
+    for problem in ("regression", "multi_label_classification"):
+        with pytest.raises(ValueError, match=r"labels of shape \(3,\) do not fit logits \(3, 11\)"):
+            sequence_classification_loss(LOGITS[:, 0], LOGITS[:, 0, 0], problem_type=problem)
 
 
 def test_pooling_takes_the_last_real_token_on_either_side():

@@ -52,6 +52,25 @@ def test_the_loss_is_the_sum_of_both_heads_and_both_heads_get_gradients():
     assert model.network().shadow_head.weight.grad.any()
 
 
+@pytest.mark.parametrize(
+    ("labels", "problem", "values"),
+    [
+        (3, None, torch.tensor([0, 2])),
+        (3, None, torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])),
+        (3, "multi_label_classification", torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])),
+        (3, "regression", torch.tensor([[1.5, -2.0, 0.0], [0.5, 0.0, 3.0]])),
+        (1, None, torch.tensor([1.5, -2.0])),
+    ],
+)
+def test_a_fresh_classifiers_loss_is_the_bases_own_for_every_kind_of_problem(labels, problem, values):
+    base, ids = tiny_base(labels=labels, dtype=torch.float32), tokens()
+    base.config.problem_type = problem
+    model = get_shadow_model(base, tiny_config(task_type="SEQ_CLS", adapter_dtype="float32"))
+    found = model(ids, attention_mask=torch.ones_like(ids), labels=values).main_loss
+    assert base.config.problem_type == problem
+    assert_close(found, base(ids, attention_mask=torch.ones_like(ids), labels=values).loss)
+
+
 def test_two_adapters_keep_heads_of_their_own():
     model, ids = adapted(), tokens()
     model.add_adapter("second", tiny_config(task_type="SEQ_CLS"))

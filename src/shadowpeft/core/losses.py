@@ -123,18 +123,45 @@ def _plain(loss: Tensor | None) -> Tensor | None:
     return None if loss is None else loss.detach()
 
 
-def sequence_classification_loss(logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None) -> Tensor:
-    """Eq. 9, either term: [B, C] against labels [B] (classes), [B, C] (several classes) or [B] floats with C = 1."""
+def sequence_classification_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items: Tensor | int | None = None,
+    *,
+    problem_type: str | None = None,
+) -> Tensor:
+    """Eq. 9, either term.
+
+    Args:
+        logits: [B, C].
+        labels: [B] classes, -100 where there is nothing to learn; [B, C] floats (several classes, or values to regress
+            on); or [B] floats with C = 1.
+        num_items: labels of the whole optimizer step, every number of [B, C] one; the sum is divided by it. None: of this
+            batch.
+        problem_type: as in a transformers config; None: regression with C = 1, else by whether labels are floats.
+
+    Raises:
+        ValueError: float labels of another shape than the logits.
+    """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.to(logits.device)
+    kind = problem_type or _problem_type(logits, labels)
+    if kind == "single_label_classification":
+        total = F.cross_entropy(logits, labels.view(-1), ignore_index=IGNORE, reduction="sum")
+        return total / label_count(labels.view(-1), num_items)
+    targets = (labels.view(-1, 1) if logits.shape[-1] == 1 else labels).to(logits.dtype)
+    if targets.shape != logits.shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: give one per logit")
+    loss = F.mse_loss if kind == "regression" else F.binary_cross_entropy_with_logits
+    each = loss(logits, targets, reduction="none")
+    return each.mean() if num_items is None else each.sum() / num_items
+
+
+def _problem_type(logits: Tensor, labels: Tensor) -> str:
+    """What transformers takes a problem for whose config does not say it."""
     if logits.shape[-1] == 1:
-        total = F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype).view(-1), reduction="sum")
-        return total / _rows(labels, num_items)
-    if labels.is_floating_point():
-        total = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none").mean(-1).sum()
-        return total / _rows(labels, num_items)
-    total = F.cross_entropy(logits, labels.view(-1), ignore_index=IGNORE, reduction="sum")
-    return total / label_count(labels.view(-1), num_items)
+        return "regression"
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 
 
 def combine(main: Tensor, auxiliary: Tensor, weight: float) -> Tensor:
@@ -169,6 +196,3 @@ def label_count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int
         return (targets != IGNORE).sum().clamp(min=1)
     return num_items.to(targets.device) if isinstance(num_items, Tensor) else num_items
 
-
-def _rows(labels: Tensor, num_items: Tensor | int | None) -> Tensor | int:
-    return labels.shape[0] if num_items is None else num_items

@@ -252,7 +252,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
     ) -> ShadowClassifierOutput | tuple:
         """One pass; logits [B, C] are read at the last token that is not padding, on either side.
 
-        Args: as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` [B].
+        Args: as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` [B] or [B, C], read as the base's
+            ``config.problem_type`` says.
         """
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
@@ -282,8 +283,9 @@ class ShadowModelForSequenceClassification(ShadowModel):
             shadow_logits = network.shadow_head(pool_last_token(initial, mask).to(network.shadow_head.weight))
         if labels is not None:
             assert shadow_logits is not None
-            main = sequence_classification_loss(logits, labels, num_items_in_batch)
-            shadow = sequence_classification_loss(shadow_logits, labels, num_items_in_batch)
+            options = {"problem_type": self.config.problem_type}
+            main = sequence_classification_loss(logits, labels, num_items_in_batch, **options)
+            shadow = sequence_classification_loss(shadow_logits, labels, num_items_in_batch, **options)
             loss = combine(main, shadow, network.config.auxiliary_loss_weight)
         result = ShadowClassifierOutput(
             loss=loss,
