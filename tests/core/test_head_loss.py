@@ -147,6 +147,19 @@ def test_narrow_heads_agree_to_their_rounding(dtype):
     )
 
 
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**20])
+def test_gradients_of_float16_neither_vanish_nor_overflow_before_a_scaler_multiplies_them(scale):
+    """In float16, a gradient over 2^16 labels is below the smallest number, and a scaler's usual factor, 2^16, infinite."""
+    head, hidden, initial, labels = problem(dtype=torch.float16)
+    spec = LossSpec(shadow_weight=0.1, distillation_weight=0.1)
+    found = shared_head_losses(spec, head, hidden, initial, labels, 2**16).total * scale
+    wide = [head.double(), *(x.detach().double().requires_grad_() for x in (hidden, initial))]
+    expected = gradients(plain_total(spec, *wide, labels, 2**16) * scale, *wide)[:2]
+    found = [x.double() for x in torch.autograd.grad(found, (hidden, initial))]
+    # Logits, their gradient and the result are each rounded to 11 bits, a few terms in a sum cancel.
+    assert_close(found, expected, rtol=0.01, atol=0.002 * float(expected[0].abs().max()))
+
+
 def test_unlikely_targets_have_a_finite_loss():
     head, hidden, initial, labels = problem(dtype=torch.float32)
     with torch.no_grad():

@@ -143,6 +143,7 @@ class _HeadLosses(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             sums, grads = _chunks(spec, wanted, hidden, shadow, targets, weight, bias, count)
         ctx.save_for_backward(*grads)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, shadow, weight, bias)]
         sums = sums / count
         main, auxiliary, distillation = sums.unbind()
         total = main + spec.shadow_weight * auxiliary + spec.distillation_weight * distillation
@@ -152,7 +153,10 @@ class _HeadLosses(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:  # type: ignore[override]
-        hidden, shadow, weight, bias = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        hidden, shadow, weight, bias = (
+            None if g is None else (g * grad.to(g.dtype)).to(dtype)
+            for g, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
         return None, None, hidden, shadow, None, weight, bias, None
 
 
@@ -177,8 +181,8 @@ def _chunks(
     sums = torch.zeros(3, dtype=_wide(weight), device=hidden.device)
     chunk_rows = spec.rows_at_a_time(len(weight), hidden.device)
     head = _Head(spec, weight, bias, wanted, min(chunk_rows, max(len(targets), 1)))
-    grad_hidden = torch.zeros_like(hidden) if wanted.hidden else None
-    grad_shadow = torch.zeros_like(shadow) if wanted.shadow and shadow is not None else None
+    grad_hidden = _unscaled_gradient(hidden) if wanted.hidden else None
+    grad_shadow = _unscaled_gradient(shadow) if wanted.shadow and shadow is not None else None
     distils = spec.distillation_weight > 0
     for start in range(0, len(targets), chunk_rows):
         part = slice(start, start + chunk_rows)
@@ -251,11 +255,21 @@ class _Head:
             return
         grad = self.spec.finish.backward_(grad, finished).to(self.weight.dtype)
         if grad_x is not None:
-            grad_x.copy_((grad @ self.weight).mul_(scale.to(self.weight.dtype)))
+            product = grad @ self.weight
+            product = product.float() if product.dtype == torch.float16 else product
+            grad_x.copy_(product.mul_(scale.to(product.dtype)))
         if self.grad_weight is not None:
             self.grad_weight.addmm_(grad.t(), x * scale.to(x.dtype))
         if self.grad_bias is not None:
             self.grad_bias.add_((grad.sum(0) * scale).to(self.grad_bias.dtype))
+
+
+def _unscaled_gradient(x: Tensor) -> Tensor:
+    """Zeros for the gradient of ``x`` before the factor of a loss scaler reaches it.
+
+    In fp32 for float16, whose smallest number is 6e-8: over the labels of a step, most entries would be zero in it.
+    """
+    return torch.zeros_like(x, dtype=torch.float32 if x.dtype == torch.float16 else x.dtype)
 
 
 def _wide(weight: Tensor) -> torch.dtype:
