@@ -8,11 +8,15 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
     GenerationConfig,
+    LogitsProcessorList,
     MaxTimeCriteria,
     PreTrainedTokenizerFast,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    WatermarkingConfig,
 )
 from transformers.generation import BaseStreamer
 
@@ -187,11 +191,30 @@ def test_settings_out_of_range_are_refused(settings):
         ({"prompt_lookup_num_tokens": 2}, "two ways of decoding"),
         ({"adapter": "__base__"}, "uses the base alone"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "not recorded"),
+        ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidanceLogitsProcessor counts on being called once a token"),
+        (
+            {"watermarking_config": SynthIDTextWatermarkingConfig(keys=[3, 5], ngram_len=3), "do_sample": True},
+            "SynthIDTextWatermarkLogitsProcessor counts on being called once a token",
+        ),
     ],
 )
 def test_what_does_not_go_with_drafting_is_refused(model, options, message):
     with pytest.raises(ConfigError, match=message):
         greedy(model, tokens(1, LENGTH), speculative=2, **options)
+
+
+def test_guidance_among_the_callers_own_processors_is_refused(model):
+    processors = LogitsProcessorList([UnbatchedClassifierFreeGuidanceLogitsProcessor(2.0, model)])
+    with pytest.raises(ConfigError, match="counts on being called once a token"):
+        greedy(model, tokens(1, LENGTH), speculative=2, logits_processor=processors)
+
+
+def test_a_watermark_that_depends_on_the_prefix_alone_is_that_of_plain_decoding(model):
+    ids = tokens(2, LENGTH)
+    options = {"watermarking_config": WatermarkingConfig(bias=4.0, seeding_scheme="selfhash")}
+    plain = greedy(model, ids, **options)
+    assert not torch.equal(plain, greedy(model, ids))
+    assert torch.equal(greedy(model, ids, speculative=rigged(plain), **options), plain)
 
 
 def test_draft_tokens_outside_the_vocabulary_are_refused(model):

@@ -13,6 +13,8 @@ from transformers import (
     LogitsProcessorList,
     StoppingCriteriaList,
     StopStringCriteria,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.streamers import BaseStreamer
 
@@ -34,6 +36,8 @@ class SpeculativeFallbackWarning(UserWarning):
 
 # Arguments of ``generate`` that choose another way of decoding.
 _OTHER_WAYS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
+# Processors that follow the sequence themselves, one token a call; drafts would be tokens to them.
+_STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
 def generate(
@@ -48,7 +52,8 @@ def generate(
         Sequences, or with ``return_dict_in_generate=True`` a :class:`SpeculativeOutput` with statistics.
 
     Raises:
-        ConfigError: a negative number, beam search, another way of decoding, or a call without a shadow or a cache.
+        ConfigError: a negative number, beam search, another way of decoding, guidance, a watermark that keeps a state,
+            or a call without a shadow or a cache.
     """
     settings = as_speculative(speculative)
     for name in _OTHER_WAYS:
@@ -98,10 +103,16 @@ def speculative_decoding(
     """A decoding method as transformers' ``custom_generate`` expects it; falls back with a warning where it must.
 
     Raises:
-        ConfigError: beams, no cache, or outputs that are not recorded.
+        ConfigError: beams, guidance, a watermark that keeps a state, no cache, or outputs that are not recorded.
     """
     if generation_config.num_beams > 1:
         raise ConfigError(_NO_BEAMS.format(generation_config.num_beams))
+    for processor in logits_processor:
+        if isinstance(processor, _STATEFUL):
+            raise ConfigError(
+                f"{type(processor).__name__} counts on being called once a token, but drafts are processed too; leave "
+                "out speculative=, or what asks for it (guidance_scale, or a SynthID watermark)"
+            )
     cache: Cache | None = model_kwargs.get(CACHE)
     if cache is None or not model_kwargs.get("use_cache"):
         raise ConfigError("speculative decoding takes rejected tokens out of the cache, but use_cache=False; leave that out")
