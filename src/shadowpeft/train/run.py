@@ -15,6 +15,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.build import is_classifier
 from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder, write_run_file
@@ -148,8 +149,18 @@ def make_trainer(
         data_collator=AnswerCollator(tokenizer),
         callbacks=callbacks,
     )
+    if trains_classes(model):
+        # transformers takes these losses to be divided by the labels of all accumulated batches, and they are means of one.
+        trainer.model_accepts_loss_kwargs = False
     trainer.pop_callback(PrinterCallback)
     return trainer
+
+
+def trains_classes(model: Any) -> bool:
+    """Whether ``model`` is one of transformers' own classifiers, plain or below PEFT's adapters."""
+    if isinstance(model, ShadowModel):
+        return False
+    return is_classifier(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> Trained:

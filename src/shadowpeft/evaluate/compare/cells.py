@@ -17,6 +17,8 @@ from shadowpeft.evaluate.compare.training import Payload, train_method
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.train.answers import Row
+from shadowpeft.train.finite import NotFiniteError
 
 
 def run_cell(cell: Cell, store: Store) -> tuple[Payload, list[dict[str, Any]]]:
@@ -62,21 +64,18 @@ def _sizes(sized: Sized) -> Payload:
 
 def search(cell: Cell, store: Store) -> Payload:
     """Short runs over the method's settings, compared on validation rows; the test rows are never read."""
-    spec, task = store.recipe.search, store.task(cell.task)
+    spec = store.recipe.search
     rows = store.rows(cell.task, "validation", spec.limit_validation)
     trials = []
     given = store.recipe.tasks[cell.task].trials.get(cell.method, ())
     for setting in trials_of(store.method(cell.method, cell.base), spec.trials, given):
-        fitted = train_method(cell, store, setting, seed=spec.seed, share=spec.share)
-        loss = answer_loss(fitted.model, fitted.tokenizer, task, rows, **loss_options(fitted))
-        metric = None
-        if spec.criterion == "metric":
-            metric = evaluate_rows(fitted, fitted.model, store, cell.task, rows).metrics[task.metric]
-        trials.append({"setting": setting, "metric": metric, "loss": loss, "train": fitted.cost})
-        if isinstance(fitted.model, ShadowModel):  # told, not chosen by
-            detached = fitted.model.detach()
-            trials[-1]["detached_loss"] = answer_loss(detached, fitted.tokenizer, task, rows, **loss_options(fitted))
+        try:
+            trials.append({"setting": setting, **_trial(cell, store, setting, rows)})
+        except NotFiniteError as error:  # too high a rate is an answer too; other settings may well learn
+            trials.append({"setting": setting, "metric": None, "loss": None, "diverged": str(error), "train": {}})
     best = max(trials, key=_quality)
+    if "diverged" in best:
+        raise NotFiniteError(f"every trial of {cell.id} diverged, the last one: {best['diverged']}; give it lower rates")
     return {
         "chosen": best["setting"],
         "trials": trials,
@@ -85,9 +84,23 @@ def search(cell: Cell, store: Store) -> Payload:
     }
 
 
+def _trial(cell: Cell, store: Store, setting: Payload, rows: list[Row]) -> Payload:
+    """One short run and what it is worth. Its model is gone when it returns, so the next one has the memory."""
+    spec, task = store.recipe.search, store.task(cell.task)
+    fitted = train_method(cell, store, setting, seed=spec.seed, share=spec.share)
+    options = loss_options(fitted)
+    found: Payload = {"metric": None, "loss": answer_loss(fitted.model, fitted.tokenizer, task, rows, **options)}
+    if spec.criterion == "metric":
+        found["metric"] = evaluate_rows(fitted, fitted.model, store, cell.task, rows).metrics[task.metric]
+    if isinstance(fitted.model, ShadowModel):  # told, not chosen by
+        found["detached_loss"] = answer_loss(fitted.model.detach(), fitted.tokenizer, task, rows, **options)
+    return found | {"train": fitted.cost}
+
+
 def _quality(trial: Payload) -> tuple[float, float]:
     """The metric, then the loss; a run that diverged loses against any other."""
-    return trial["metric"] or 0.0, -trial["loss"] if math.isfinite(trial["loss"]) else -math.inf
+    loss = math.inf if trial["loss"] is None else trial["loss"]
+    return trial["metric"] or 0.0, -loss if math.isfinite(loss) else -math.inf
 
 
 # ---------------------------------------------------------------- latency

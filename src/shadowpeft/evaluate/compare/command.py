@@ -1,5 +1,6 @@
 """``shadowpeft compare``: plan, run, report."""
 
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -41,7 +42,7 @@ def compare(
     Raises:
         ShadowPeftError: of any kind, before the first cell.
     """
-    read = read_recipe(recipe)
+    read, text = read_recipe(recipe), recipe.read_bytes()
     known({SEARCH: None, **SECTIONS}, sections or (), "section")
     if workers < 1 or threads < 1:
         raise ConfigError(f"workers={workers} and threads={threads} must both be at least 1")
@@ -55,16 +56,20 @@ def compare(
     if not report_only:
         cells = pending_cells(read, output, retry_failed=retry_failed, sections=sections)
         console.print(f"{len(cells)} of {len(plan_cells(read))} cells to run, results in {output}")
-        counts = run_cells(
-            read,
-            cells,
-            output,
-            worker_command(recipe.resolve(), output.resolve(), None if data_root is None else data_root.resolve()),
-            workers=workers,
-            threads=threads,
-            timeout=timeout,
-            tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            # Workers read the recipe as it is now, whatever becomes of the file while they run.
+            own = Path(folder) / recipe.name
+            own.write_bytes(text)
+            counts = run_cells(
+                read,
+                cells,
+                output,
+                worker_command(own, output.resolve(), None if data_root is None else data_root.resolve()),
+                workers=workers,
+                threads=threads,
+                timeout=timeout,
+                tell=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+            )
     gathered = write_report(read, output)
     console.print(
         f"{len(gathered.results)} cells done, {len(gathered.failed)} failed, {len(gathered.missing)} missing; "

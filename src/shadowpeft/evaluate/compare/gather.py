@@ -1,6 +1,6 @@
 """Result files, read and gathered by what they belong to."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,9 +43,11 @@ class Gathered:
 
 
 def gather(recipe: Recipe, output: Path) -> Gathered:
-    """Reads every planned cell. Results of other settings count as missing, failed ones are kept apart."""
+    """Reads every planned cell. Results of other settings count as missing; failed ones are kept apart, and those of other
+    data than most: rows that are not the same cannot be compared.
+    """
     gathered = Gathered(recipe=recipe)
-    scaling = scaling_cells(recipe)
+    done = []
     for cell in plan_cells(recipe):
         result = read_result(output, cell.id)
         if result is None or result["fingerprint"] != fingerprint(recipe, cell):
@@ -53,10 +55,36 @@ def gather(recipe: Recipe, output: Path) -> Gathered:
         elif result["status"] == "failed":
             gathered.failed.append((cell, result))
         else:
-            gathered.results.append((cell, result))
-            for each in (cell, *(variant for variant in scaling if is_same_training(recipe, cell, variant))):
-                _add_scores(gathered, each, result)
+            done.append((cell, result))
+    usual = _usual_revisions(recipe, done)
+    scaling = scaling_cells(recipe)
+    for cell, result in done:
+        others = [what for what, revision in _revisions(recipe, cell, result).items() if revision != usual[what]]
+        if others:
+            error = f"{' and '.join(others)} are not those of the other cells; delete {cell.id}.json and run it on their data"
+            gathered.failed.append((cell, {**result, "error": [error]}))
+            continue
+        gathered.results.append((cell, result))
+        for each in (cell, *(variant for variant in scaling if is_same_training(recipe, cell, variant))):
+            _add_scores(gathered, each, result)
     return gathered
+
+
+def _revisions(recipe: Recipe, cell: Cell, result: Entry) -> dict[str, str]:
+    """What a result was made of -> hash of these rows."""
+    found = {f"test rows of {name}": score["revision"] for name, score in result.get("scores", {}).items()}
+    if result.get("train"):
+        limit = recipe.train_config(cell.base, cell.task, cell.method).limit_train
+        found[f"training rows of {cell.task}" + ("" if limit is None else f" (at most {limit})")] = result["train"]["revision"]
+    return found
+
+
+def _usual_revisions(recipe: Recipe, done: list[tuple[Cell, Entry]]) -> dict[str, str]:
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for cell, result in done:
+        for what, revision in _revisions(recipe, cell, result).items():
+            counts[what][revision] += 1
+    return {what: count.most_common(1)[0][0] for what, count in counts.items()}
 
 
 def _add_scores(gathered: Gathered, cell: Cell, result: Entry) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from shadowpeft.errors import ConfigError
@@ -64,11 +66,21 @@ def put_on(
     *,
     overrides: dict[str, Any],
 ) -> Any:
-    """The model to train: ``base`` with the method's weights, and nothing else, set to be trained.
+    """The model to train: ``base`` with the method's weights, and nothing else, set to be trained, in fp32.
+
+    In bf16 an update of AdamW below a 256th of a weight is rounded away. A shadow's weights are fp32 beside a bf16 base, and
+    PEFT casts those of LoRA, but not the head; here all methods' trained weights are fp32, heads and whole bases too.
 
     Args:
         overrides: fields of ``ShadowConfig`` from the search or an ablation; ignored by other methods.
     """
+    model = _put_on(base, method, sized, overrides=overrides)
+    if not method.kind.startswith("shadow"):
+        _train_in_fp32(model)
+    return model
+
+
+def _put_on(base: PreTrainedModel, method: MethodSpec, sized: Sized, *, overrides: dict[str, Any]) -> Any:
     base.requires_grad_(False)
     if method.kind == "probe":
         base.score.requires_grad_(True)
@@ -81,6 +93,21 @@ def put_on(
         config = shadow_config(method, is_classifier=is_classifier(base), **{**sized.shadow, **overrides})
         return get_shadow_model(base, config)
     return base
+
+
+def _train_in_fp32(model: nn.Module) -> None:
+    """Casts what is trained; a head that reads the frozen base's hidden states gets them in its own precision."""
+    for module in model.modules():
+        trained = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+        if isinstance(module, nn.Linear) and any(p.dtype != torch.float32 for p in trained):
+            module.register_forward_pre_hook(_in_precision_of_weight)
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+
+
+def _in_precision_of_weight(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    hidden, *others = inputs
+    return hidden.to(module.weight.dtype), *others
 
 
 def _with_lora(base: PreTrainedModel, method: MethodSpec, sized: Sized) -> Any:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from shadowpeft.evaluate.compare.gather import Gathered
+from shadowpeft.evaluate.compare.gather import DETACHED, Gathered
 from shadowpeft.evaluate.compare.recipe import Recipe
 from shadowpeft.evaluate.compare.statistics import Estimate
 from shadowpeft.evaluate.compare.tables import heading_of
@@ -58,19 +58,21 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     found = {(entry["method"], heading_of(entry)): entry for entry in entries}
     metrics = {entry["scored"]: entry["metric"] for entry in entries if entry["scored"]}
-    seeds = sorted({len(entry["seeds"]) for entry in entries if entry["scored"] and entry["method"] == recipe.baseline})
     columns = ["method", *(f"{name} ({metrics[name]})" for name in scored), *means]
+    usual = len(recipe.sections.get("main", {}).get("seeds", recipe.seeds))
 
     def row(method: str, field: str, form: Callable[[Any], str]) -> list[str]:
         texts = []
         for name in (*scored, *means):
             cell = found.get((method, name))
             texts.append(form(cell[field]) if cell else "")
+            if cell and name in scored and not _is_untrained(recipe, cell) and len(cell["seeds"]) != usual:
+                texts[-1] += f" (seeds: {len(cell['seeds'])})"
             if cell and name in means and cell["num_tasks"] < largest[name]:
                 texts[-1] += f" ({cell['num_tasks']} tasks)"
         return [method, *texts]
 
-    said = f"{METHOD_NOTE} Seeds of {recipe.baseline}: {', '.join(map(str, seeds))}."
+    said = f"{METHOD_NOTE} Seeds: {usual} where nothing else is said."
     return [
         (f"Main table: {base}", said, columns, [row(method, "score", _score) for method in methods]),
         (
@@ -83,7 +85,8 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
 
 
 def _is_untrained(recipe: Recipe, entry: Entry) -> bool:
-    return recipe.methods[entry["method"]].kind == "none"
+    name = entry["method"].removesuffix(DETACHED)
+    return recipe.methods[name].kind == "none"
 
 
 def _transfer_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | None:
@@ -92,7 +95,7 @@ def _transfer_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | Non
     shown = {(e["base"], e["scored"], "" if _is_untrained(recipe, e) else e["task"], e["method"]): e for e in entries}
     rows = [
         [entry["base"], entry["method"], task or "nothing", entry["scored"], f"{len(entry['seeds'])}", _score(entry["score"]),
-         _number(entry["answer_loss"], ".3f"), _gap(entry["difference"])]
+         _number(entry["answer_loss"], ".3f"), _gap(entry["difference"]) if task else ""]
         for (_, _, task, _), entry in shown.items()
     ]  # fmt: skip
     text = (
@@ -164,7 +167,10 @@ def _search_part(tables: dict[str, list[Entry]]) -> Part | None:
 
 
 def _setting(setting: Entry) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in setting.items())
+    def said(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float | int) else f"{value}"
+
+    return ", ".join(f"{name} {said(value)}" for name, value in setting.items())
 
 
 def _failed_part(gathered: Gathered) -> Part | None:

@@ -13,7 +13,6 @@ from shadowpeft.evaluate.compare.budget import shadow_config
 from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, Recipe, TaskSpec
 from shadowpeft.train.tasks import TASKS
 
-UNTRAINED = ("none",)
 # Fields of ShadowConfig that came after the first results, with the value at which they change nothing.
 ADDED = {"alpha_rank": None}
 
@@ -111,13 +110,14 @@ def _main(recipe: Recipe) -> list[Cell]:
         tasks = _entries(settings, "tasks", recipe.tasks)
         if section == "transfer":
             _check_transfer(recipe, tasks)
-        for seed in settings.get("seeds", recipe.seeds):
+        seeds = settings.get("seeds", recipe.seeds)
+        for seed in seeds:
             for base in _entries(settings, "bases", recipe.bases):
                 for task in tasks:
                     own = recipe.tasks[task].score_on or (task,)
                     for method in _entries(settings, "methods", recipe.methods):
                         key = (base, task, method, seed)
-                        if not _applies(recipe, task, method) or (method in UNTRAINED and seed != recipe.seeds[0]):
+                        if not _applies(recipe, task, method) or (_is_untrained(recipe, method) and seed != seeds[0]):
                             continue
                         before = chosen.get(key)
                         scored = (*(before.score_on if before else ()), *own, *(tasks if section == "transfer" else ()))
@@ -240,6 +240,10 @@ def _entries(settings: dict[str, Any], key: str, default: Iterable[str]) -> list
     return list(settings.get(key, default))
 
 
+def _is_untrained(recipe: Recipe, method: str) -> bool:
+    return recipe.methods[method].kind == "none"
+
+
 def _applies(recipe: Recipe, task: str, method: str) -> bool:
     """A linear probe needs labels; everything else fits every task."""
     return recipe.methods[method].kind != "probe" or TASKS[recipe.tasks[task].task].kind == "classification"
@@ -251,7 +255,7 @@ def _search_ids(recipe: Recipe, base: str, task: str, methods: Iterable[str], va
     return tuple(
         Cell(section="search", base=base, task=task, method=method, variant=variant).id
         for method in methods
-        if recipe.methods[method].kind not in UNTRAINED
+        if not _is_untrained(recipe, method)
     )
 
 

@@ -1,5 +1,6 @@
 """What a comparison consists of, as one YAML file."""
 
+import itertools
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,7 @@ SECTIONS = {
     "ablations": {"bases", "tasks", "method", "seeds", "variants"},
     "latency": {"bases", "task", "prompts", "prompt_tokens", "new_tokens", "batch_sizes", "rounds"},
 }
+NEEDED = {"scaling": {"budgets"}, "ablations": {"variants"}, "latency": {"task"}}
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -189,12 +191,20 @@ def _check(recipe: Recipe) -> None:
         if "--" in name or "/" in name:
             raise ConfigError(f"{name!r} cannot name an entry: names become file names; leave out '--' and '/'")
     known(recipe.methods, [recipe.reference, recipe.baseline], "method")
+    if recipe.search.criterion not in ("metric", "loss"):
+        raise ConfigError(f"search: criterion={recipe.search.criterion!r} is not valid; choose 'metric' or 'loss'")
     for name, method in recipe.methods.items():
         _check_method(recipe, name, method)
     for name, section in recipe.sections.items():
         check_keys(section, SECTIONS[name], what=f"section {name!r}")
+        for key in NEEDED.get(name, set()) - section.keys():
+            raise ConfigError(f"section {name!r} has no {key!r}; it needs one")
+        known(recipe.tasks, [section["task"]] if "task" in section else (), "task")
+        known(recipe.methods, [section["method"]] if "method" in section else (), "method")
         for key, entries in (("bases", recipe.bases), ("tasks", recipe.tasks), ("methods", recipe.methods)):
             known(entries, section.get(key, ()), key.removesuffix("s"))
+    for base, task, method in itertools.product(recipe.bases, recipe.tasks, recipe.methods):
+        recipe.train_config(base, task, method)  # a setting that no training would take is found before the first one
 
 
 def _check_method(recipe: Recipe, name: str, method: MethodSpec) -> None:

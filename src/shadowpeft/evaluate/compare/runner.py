@@ -10,9 +10,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from shadowpeft.evaluate.compare.plan import Cell, cells_of, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.recipe import Recipe
 from shadowpeft.evaluate.compare.results import is_current, read_result, write_failed
+from shadowpeft.files import SaveError
 
 LOGS = "logs"
 Tell = Callable[[str], None]
@@ -71,9 +74,11 @@ class Queue:
 class Worker:
     """One child process; see :mod:`shadowpeft.evaluate.compare.worker`. It is started when a cell first needs it."""
 
-    def __init__(self, command: list[str], log: Path, *, threads: int, timeout: float) -> None:
+    def __init__(self, command: list[str], log: Path, *, threads: int, timeout: float, device: str | None = None) -> None:
         self._command, self._log, self._timeout = command, log, timeout
         self._environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        if device is not None:
+            self._environment["CUDA_VISIBLE_DEVICES"] = device
         self._process: subprocess.Popen[str] | None = None
 
     def run(self, cell: Cell) -> str | None:
@@ -139,6 +144,18 @@ def _close(process: subprocess.Popen[str]) -> None:
                 pipe.close()
 
 
+def devices_of(workers: int) -> list[str | None]:
+    """The accelerator of each worker, in turn; None where there is none.
+
+    A process that saw several would train on all of them at once, with as many times the rows a step.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [f"{index}" for index in range(torch.cuda.device_count())]
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip()][: len(names)]
+    return [names[index % len(names)] if names else None for index in range(workers)]
+
+
 def pending_cells(recipe: Recipe, output: Path, *, retry_failed: bool, sections: list[str] | None = None) -> list[Cell]:
     """Cells without a current result; with ``sections`` only of these, and what they need."""
     return [
@@ -163,6 +180,9 @@ def run_cells(
 
     A process that dies costs its cell alone: that is written down as failed, with the last lines of its log, and a new
     process takes the next one. Ctrl-C ends the processes; cells that were under way are run again next time.
+
+    Raises:
+        SaveError: a failure could not be written down; what was done before is kept, what was under way is run again.
     """
     failed_before = {
         cell.id for cell in plan_cells(recipe)
@@ -171,9 +191,10 @@ def run_cells(
     queue = Queue(pending=list(cells), failed=failed_before)
     counts, lock = Counts(), threading.Lock()
     crew = [
-        Worker(command, output / LOGS / f"worker-{index}.log", threads=threads, timeout=timeout)
-        for index in range(workers)
+        Worker(command, output / LOGS / f"worker-{index}.log", threads=threads, timeout=timeout, device=device)
+        for index, device in enumerate(devices_of(workers))
     ]
+    broken: list[SaveError] = []
 
     def work(worker: Worker) -> None:
         while (cell := queue.take()) is not None:
@@ -183,7 +204,11 @@ def run_cells(
             if stopped.is_set():
                 return
             if reason is not None:
-                write_failed(output, cell, fingerprint(recipe, cell), reason)
+                try:
+                    write_failed(output, cell, fingerprint(recipe, cell), reason)
+                except SaveError as error:  # a full disk: the others end too, instead of waiting for this cell
+                    broken.append(error)
+                    queue.clear()
             queue.finish(cell, is_failed=reason is not None)
             with lock:
                 counts.failed += reason is not None
@@ -207,6 +232,8 @@ def run_cells(
             worker.stop()
         for thread in threads_running:
             thread.join()
+    if broken:
+        raise broken[0]
     counts.skipped = len(cells) - counts.done - counts.failed
     return counts
 

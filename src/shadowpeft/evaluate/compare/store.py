@@ -9,7 +9,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import results
 from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base, solve, target_of
 from shadowpeft.evaluate.compare.methods import resolve
-from shadowpeft.evaluate.compare.plan import Cell, search_of
+from shadowpeft.evaluate.compare.plan import Cell, fingerprint, search_of
 from shadowpeft.evaluate.compare.recipe import MethodSpec, Recipe
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import load_rows
@@ -96,4 +96,6 @@ class Store:
         found = results.read_result(self.output, needed[0])
         if found is None or found["status"] != "done":
             raise ConfigError(f"the search {needed[0]} is not done; run it first, or --retry-failed")
+        if found["fingerprint"] != fingerprint(self.recipe, search_of(cell, needed[0])):
+            raise ConfigError(f"the search {needed[0]} was made with other settings than the recipe has; run it again first")
         return found["chosen"]

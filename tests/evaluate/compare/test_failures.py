@@ -1,0 +1,186 @@
+"""What goes wrong in a long comparison: diverged trials, other data, other settings, a full disk."""
+
+import dataclasses
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+import comparisons
+from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.compare import cells as cells_module
+from shadowpeft.evaluate.compare import compare, read_recipe, runner
+from shadowpeft.evaluate.compare.cells import run_cell
+from shadowpeft.evaluate.compare.gather import gather
+from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.report import write_report
+from shadowpeft.evaluate.compare.runner import run_cells
+from shadowpeft.evaluate.compare.store import Store
+from shadowpeft.files import SaveError
+from shadowpeft.train.finite import NotFiniteError
+
+pytest.importorskip("peft", reason="peft is not installed (pip install peft==0.21.2)")
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    comparisons.write_base(folder / "base")
+    comparisons.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory) -> tuple[Path, Path]:
+    """(recipe, output) of LoRA and a shadow on one task, two seeds."""
+    folder = tmp_path_factory.mktemp("finished")
+    values = comparisons.small_recipe(main={"tasks": ["commands"], "methods": ["none", "lora", "shadow"]})
+    recipe = comparisons.write_recipe(folder / "small.yaml", values)
+    assert compare(recipe, Console(quiet=True), output=folder / "out", data_root=root).failed == 0
+    return recipe, folder / "out"
+
+
+def search_cell(store: Store, method: str):
+    return next(cell for cell in plan_cells(store.recipe) if (cell.section, cell.method) == ("search", method))
+
+
+def copy_of(finished: tuple[Path, Path], folder: Path) -> Path:
+    (folder / "cells").mkdir(parents=True)
+    for file in (finished[1] / "cells").iterdir():
+        (folder / "cells" / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+def test_a_trial_that_diverges_loses_and_the_others_decide(finished, root, tmp_path, monkeypatch):
+    store = Store(recipe=read_recipe(finished[0]), output=tmp_path, data_root=root)
+    train, rates = cells_module.train_method, []
+
+    def diverges_first(cell, store, setting, **options):
+        rates.append(setting["learning_rate"])
+        if len(rates) == 1:
+            raise NotFiniteError("the loss is nan in step 1")
+        return train(cell, store, setting, **options)
+
+    monkeypatch.setattr(cells_module, "train_method", diverges_first)
+    payload, _ = run_cell(search_cell(store, "lora"), store)
+    assert payload["chosen"] == {"learning_rate": rates[1]}
+    assert payload["trials"][0] == {
+        "setting": {"learning_rate": rates[0]}, "metric": None, "loss": None, "train": {},
+        "diverged": "the loss is nan in step 1",
+    }  # fmt: skip
+
+
+def test_a_search_whose_trials_all_diverge_fails_with_the_way_out(finished, root, tmp_path, monkeypatch):
+    store = Store(recipe=read_recipe(finished[0]), output=tmp_path, data_root=root)
+
+    def diverges(*args, **options):
+        raise NotFiniteError("the loss is nan in step 1")
+
+    monkeypatch.setattr(cells_module, "train_method", diverges)
+    with pytest.raises(NotFiniteError, match=r"every trial of search--tiny--commands--lora diverged.*lower rates"):
+        run_cell(search_cell(store, "lora"), store)
+
+
+@pytest.mark.parametrize("what", ["test", "training"])
+def test_a_result_on_other_rows_than_the_rest_is_kept_apart_and_said(finished, tmp_path, what):
+    output = copy_of(finished, tmp_path / "out")
+    changed = output / "cells" / "main--tiny--commands--lora--seed1.json"
+    result = json.loads(changed.read_text())
+    if what == "test":
+        result["scores"]["commands"]["revision"] = "0" * 64
+    else:
+        result["train"]["revision"] = "0" * 64
+    changed.write_text(json.dumps(result))
+    gathered = gather(read_recipe(finished[0]), output)
+    ((cell, failed),) = gathered.failed
+    assert cell.id == changed.stem
+    assert f"{what} rows of commands are not those of the other cells; delete {changed.name}" in failed["error"][-1]
+    assert all(sorted(seeds) == [0] for key, seeds in gathered.scores.items() if key.method == "lora")
+    write_report(read_recipe(finished[0]), output)
+    lora, shadow = (
+        next(line for line in (output / "report.md").read_text().splitlines() if line.startswith(f"| {name} |"))
+        for name in ("lora", "shadow")
+    )
+    assert "(seeds: 1)" in lora and "seeds:" not in shadow  # it has the two that are planned
+
+
+def test_a_final_run_takes_no_setting_from_a_search_of_other_settings(finished, root):
+    recipe = read_recipe(finished[0])
+    changed = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, share=0.9))
+    store = Store(recipe=changed, output=finished[1], data_root=root)
+    cell = next(cell for cell in plan_cells(changed) if (cell.section, cell.method) == ("main", "lora"))
+    with pytest.raises(ConfigError, match="search--tiny--commands--lora was made with other settings than the recipe has"):
+        store.setting(cell, "lora")
+
+
+def test_workers_go_on_with_the_recipe_as_it_was(root, tmp_path, monkeypatch):
+    """The file is rewritten after the run began and before the first worker reads it."""
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["commands"], "methods": ["none"]})
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    start = runner.Worker._start
+
+    def edit_then_start(worker):
+        comparisons.write_recipe(recipe, {**values, "main": {"tasks": ["orders"], "methods": ["none"]}})
+        start(worker)
+
+    monkeypatch.setattr(runner.Worker, "_start", edit_then_start)
+    counts = compare(recipe, Console(quiet=True), output=tmp_path / "out", data_root=root)
+    assert (counts.done, counts.failed) == (1, 0)
+    assert (tmp_path / "out" / "cells" / "main--tiny--commands--none--seed0.json").exists()
+
+
+def test_a_failure_that_cannot_be_written_down_ends_the_run_with_the_reason(finished, tmp_path, monkeypatch):
+    """Two workers: one would wait for the other's search for ever."""
+    recipe = read_recipe(finished[0])
+
+    def full(*args):
+        raise SaveError("no space left")
+
+    monkeypatch.setattr(runner, "write_failed", full)
+    monkeypatch.setattr(runner.Worker, "run", lambda worker, cell: "died")
+    found = []
+
+    def run():
+        cells = plan_cells(recipe)
+        try:
+            run_cells(recipe, cells, tmp_path, [], workers=2, threads=1, timeout=1.0, tell=lambda line: None)
+        except SaveError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=60)  # seconds; nothing is run, so it ends at once
+    assert not thread.is_alive() and found == ["no space left"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"search": {"trials": 2, "criterion": "accuracy"}}, "criterion='accuracy' is not valid; choose 'metric' or 'loss'"),
+        ({"latency": {}}, "'latency' has no 'task'"),
+        ({"latency": {"task": "typo"}}, "unknown task 'typo'"),
+        ({"ablations": {"tasks": ["classes"]}}, "'ablations' has no 'variants'"),
+        ({"ablations": {"method": "typo", "variants": {"a": {"use_update": False}}}}, "unknown method 'typo'"),
+        ({"scaling": {"tasks": ["classes"]}}, "'scaling' has no 'budgets'"),
+        ({"train": {"max_step": 2}}, "did you mean 'max_steps'"),
+    ],
+)
+def test_a_recipe_that_would_fail_cell_by_cell_is_refused_at_once(tmp_path, changes, message):
+    path = comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe(**changes))
+    with pytest.raises(ConfigError, match=message):
+        read_recipe(path)
+
+
+def test_settings_that_are_no_numbers_are_reported_too(finished, tmp_path):
+    output = copy_of(finished, tmp_path / "out")
+    for name in ("main--tiny--commands--shadow--seed0", "search--tiny--commands--shadow"):
+        file = output / "cells" / f"{name}.json"
+        result = json.loads(file.read_text())
+        chosen = {"learning_rate": 0.001, "inject_activation": "none"}
+        result |= {"setting": chosen} if "setting" in result else {"chosen": chosen}
+        file.write_text(json.dumps(result))
+    compare(finished[0], Console(quiet=True), output=output, report_only=True)
+    assert "learning_rate 0.001, inject_activation none" in (output / "report.md").read_text()

@@ -1,0 +1,103 @@
+"""What would favour one method without anybody noticing: precision, accumulation, devices."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+import comparisons
+from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.recipe import read_recipe
+from shadowpeft.evaluate.compare.runner import devices_of
+from shadowpeft.evaluate.compare.store import Store
+from shadowpeft.evaluate.compare.training import train_method
+
+pytest.importorskip("peft", reason="peft is not installed (pip install peft==0.21.2)")
+pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
+
+TRAINED = ("probe", "lora", "dora", "shadow", "full")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("root")
+    comparisons.write_base(folder / "base")
+    comparisons.write_data(folder)
+    return folder
+
+
+def store_of(root: Path, folder: Path, **train) -> Store:
+    values = comparisons.small_recipe(seeds=[0])
+    values["train"] |= train
+    recipe = read_recipe(comparisons.write_recipe(folder / "small.yaml", values))
+    return Store(recipe=recipe, output=folder, data_root=root)
+
+
+def main_cell(store: Store, task: str, method: str):
+    cells = [cell for cell in plan_cells(store.recipe) if cell.section == "main"]
+    return next(cell for cell in cells if (cell.task, cell.method) == (task, method))
+
+
+@pytest.mark.parametrize("task", ["classes", "e2e"])
+@pytest.mark.parametrize("method", TRAINED)
+def test_every_method_trains_fp32_weights_on_a_bf16_base(root, tmp_path, task, method):
+    """At 1e-5 an update of a bf16 weight is rounded away: a head or a base of bf16 weights would not learn."""
+    if (task, method) == ("e2e", "probe"):
+        pytest.skip("a probe needs labels")
+    store = store_of(root, tmp_path, dtype="bfloat16")
+    cell = main_cell(store, task, method)
+    before = train_method(cell, store, {"learning_rate": 1e-12}, seed=0).model.state_dict()
+    model = train_method(cell, store, {"learning_rate": 1e-5}, seed=0).model
+    trained = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained and {weight.dtype for weight in trained.values()} == {torch.float32}
+    # Weights beside nothing (norms' ones, LoRA's zeros) move at any precision; those of a usual size must too.
+    usual = [name for name, weight in trained.items() if before[name].abs().mean() > 1e-2 and weight.ndim == 2]
+    assert usual and all((trained[name] != before[name]).any() for name in usual)
+    if method != "full":  # the base stays as it is stored
+        assert torch.bfloat16 in {weight.dtype for weight in model.parameters()}
+
+
+@pytest.mark.parametrize("method", ["probe", "lora", "shadow"])
+@pytest.mark.parametrize("task", ["classes", "e2e"])
+def test_accumulated_batches_are_one_batch_to_every_method(root, tmp_path, task, method):
+    """The loss of the first step, before anything was learnt, of 8 rows at once and of 4 and 4."""
+    if (task, method) == ("e2e", "probe"):
+        pytest.skip("a probe needs labels")
+    losses = []
+    for size, accumulation in ((8, 1), (4, 2)):
+        (tmp_path / f"{size}").mkdir()
+        store = store_of(root, tmp_path / f"{size}", batch_size=size, gradient_accumulation=accumulation, max_steps=1)
+        cell = main_cell(store, task, method)
+        losses.append(train_method(cell, store, {"learning_rate": 1e-3}, seed=0).cost["first_loss"])
+    # Dropout draws other masks for other batches, and moves LoRA's loss by well below one percent before anything is learnt.
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [
+        (None, 0, [None, None, None]),
+        (None, 2, ["0", "1", "0"]),
+        ("3, 5", 2, ["3", "5", "3"]),
+        ("MIG-a", 1, ["MIG-a"] * 3),
+        ("", 0, [None, None, None]),
+    ],
+)
+def test_each_worker_sees_one_accelerator(monkeypatch, visible, count, expected):
+    """With several, transformers' Trainer would take as many batches a step as there are."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert devices_of(3) == expected
+
+
+def test_a_base_is_scored_once_whatever_seeds_a_section_has_and_whatever_it_is_called(tmp_path):
+    values = comparisons.small_recipe(main={"tasks": ["classes"], "methods": ["untouched", "lora"], "seeds": [1, 2]})
+    values["methods"]["untouched"] = {"kind": "none"}
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    seeds = {name: [c.seed for c in plan_cells(recipe) if (c.section, c.method) == ("main", name)] for name in recipe.methods}
+    assert seeds["untouched"] == [1] and seeds["lora"] == [1, 2]
+    assert not [cell for cell in plan_cells(recipe) if (cell.section, cell.method) == ("search", "untouched")]
+    assert dataclasses.asdict(recipe)["seeds"] == (0, 1)
