@@ -11,7 +11,9 @@ from models import enable_checkpointing, randomise, tiny_base, tiny_config, toke
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.checkpoint import restore_weights
+from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.trainer import ShadowTrainer
 
 pytestmark = pytest.mark.contract
@@ -43,6 +45,42 @@ def test_checkpointing_reaches_the_shadow_and_changes_nothing_even_with_dropout(
     enable_checkpointing(model)
     assert model.network().backbone.gradient_checkpointing
     assert_close(gradients(model, input_ids=ids, labels=answers(ids)), expected)
+
+
+def test_a_float16_base_under_a_loss_scaler_has_the_gradients_of_a_float32_one():
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        is_narrow = dtype == torch.float16
+        model = get_shadow_model(tiny_base(dtype=dtype), tiny_config(shadow_dropout=0.0, adapter_dtype="float32")).train()
+        randomise(model.network(), std=0.05)
+        scaler = torch.amp.GradScaler("cpu", enabled=is_narrow)
+        with torch.autocast("cpu", dtype=torch.float16, enabled=is_narrow):
+            loss = model(tokens(), labels=tokens(), num_items_in_batch=2**16).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(torch.optim.SGD(model.network().parameters()))
+        found.append({name: p.grad for name, p in model.network().named_parameters()})
+    for name, gradient in found[0].items():
+        # Every activation is rounded to 2^-11 on the way there and back, a few dozen times one after the other.
+        assert (found[1][name] - gradient).norm() < 0.01 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, PretrainConfig])
+def test_float16_is_trained_with_a_loss_scaler_or_not_at_all(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr("shadowpeft.train.arguments.TrainingArguments", lambda **given: given)
+    with pytest.raises(ConfigError, match="trains on a GPU alone"):
+        shared_arguments(kind(dtype="float16"), tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for dtype, expected in {"float16": (True, False), "bfloat16": (False, True), "float32": (False, False)}.items():
+        given = shared_arguments(kind(dtype=dtype), tmp_path)
+        assert (given["fp16"], given["bf16"]) == expected
+
+
+def test_float16_adapters_whose_gradients_no_scaler_takes_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for adapter_dtype in ("base", "float16"):
+        config = TrainConfig(dtype="float16", shadow=ShadowConfig(adapter_dtype=adapter_dtype))
+        with pytest.raises(ConfigError, match="use adapter_dtype='float32'"):
+            shared_arguments(config, tmp_path)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma3_text"])

@@ -13,8 +13,14 @@ from shadowpeft.train.pretrain_config import PretrainConfig
 
 
 def shared_arguments(config: TrainConfig | PretrainConfig, folder: Path, **own: Any) -> TrainingArguments:
-    """The settings that both kinds of run have, and the ``own`` ones of one kind; checkpoints go into ``folder``."""
+    """The settings that both kinds of run have, and the ``own`` ones of one kind; checkpoints go into ``folder``.
+
+    Raises:
+        ConfigError: float16 where its gradients cannot be scaled, or a tracker that is not there.
+    """
     has_gpu = torch.cuda.is_available()
+    if config.dtype == "float16":
+        _check_float16(config, has_gpu)
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
         per_device_train_batch_size=config.batch_size,
@@ -25,6 +31,7 @@ def shared_arguments(config: TrainConfig | PretrainConfig, folder: Path, **own: 
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
         bf16=has_gpu and config.dtype == "bfloat16",
+        fp16=config.dtype == "float16",
         use_cpu=not has_gpu,
         seed=config.seed,
         data_seed=config.seed,
@@ -38,6 +45,22 @@ def shared_arguments(config: TrainConfig | PretrainConfig, folder: Path, **own: 
         dataloader_pin_memory=has_gpu,
         **own,
     )
+
+
+def _check_float16(config: TrainConfig | PretrainConfig, has_gpu: bool) -> None:
+    """Without a loss scaler the smaller gradients are zero in float16, so the run would go on and learn little.
+
+    Raises:
+        ConfigError: there is no GPU, without which accelerate has no scaler, or the trained weights are float16 too, whose
+            gradients torch's scaler refuses.
+    """
+    if not has_gpu:
+        raise ConfigError("dtype='float16' trains on a GPU alone, where its loss can be scaled; use float32 or bfloat16")
+    if isinstance(config, TrainConfig) and config.shadow.adapter_dtype in ("base", "float16"):
+        raise ConfigError(
+            f"adapter_dtype={config.shadow.adapter_dtype!r} makes the trained weights of dtype='float16' float16 too, whose "
+            "gradients cannot be scaled; use adapter_dtype='float32'"
+        )
 
 
 def trackers(names: str) -> list[str]:
