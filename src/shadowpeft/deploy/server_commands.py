@@ -15,6 +15,7 @@ from shadowpeft.deploy.route import (
     EdgeService,
     Router,
     Target,
+    check_routable,
     fit_router,
     load_router,
     observe,
@@ -151,6 +152,7 @@ def calibrate(
 ) -> Router:
     """Fits a router on validation rows, prints what to expect of it and writes it."""
     chosen = task_named(task)
+    check_routable(chosen)
     source = Path(data) if data else None
     rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
     skills = skills_of(chosen, load_rows(chosen, "train", source=source))
@@ -239,6 +241,7 @@ def system_eval(
 ) -> dict[str, Any]:
     """Replays rows through edge, router and cloud and through the cloud alone; writes a report."""
     chosen = task_named(task)
+    check_routable(chosen)
     rows = rows_of(chosen, split, source=Path(data) if data else None, extra=extra_rows, limit=limit)
     figures = run_system(config, chosen, rows, tell=console.print)
     write_report(figures, config.output)

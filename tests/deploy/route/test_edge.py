@@ -28,6 +28,7 @@ from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.protocol import ChatRequest, parse
 from shadowpeft.deploy.serve.service import LocalService, Settings
 from shadowpeft.deploy.server_commands import edge_service
+from shadowpeft.errors import ConfigError
 from shadowpeft.train.tasks import TASKS
 
 MODEL, TOKENIZER = shadow_model(), byte_tokenizer()
@@ -327,6 +328,11 @@ def test_pauses_between_attempts_grow_and_end_with_the_time():
     assert len(pauses) == 4
     for pause, longest in zip(pauses, (0.1, 0.2, 0.4, 0.5), strict=True):
         assert longest / 2 <= pause <= longest
+
+
+def test_rows_of_a_task_that_scores_them_only_together_are_not_observed():
+    with pytest.raises(ConfigError, match=r"slot_f1.*no row right or wrong"):
+        observe(MODEL, TOKENIZER, TASKS["snips"], [{"text": "go"}], adapter="robot", skills=None)
 
 
 def test_both_sides_are_observed_with_the_tokens_that_generate_gives():

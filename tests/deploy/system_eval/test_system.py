@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -12,11 +13,13 @@ from models import randomise
 from shadowpeft.cli import app
 from shadowpeft.deploy.onnx import write_onnx
 from shadowpeft.deploy.route.artefact import load_router
+from shadowpeft.deploy.system_eval import SystemConfig, run_system
 from shadowpeft.deploy.system_eval.figures import scope_detection
 from shadowpeft.deploy.system_eval.link import Link, running_link
 from shadowpeft.deploy.system_eval.processes import ProcessError, ServerProcess
 from shadowpeft.deploy.system_eval.replay import quantile
 from shadowpeft.errors import ConfigError
+from shadowpeft.train.tasks import TASKS
 
 # peft asks transformers in its former words.
 pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")
@@ -84,6 +87,17 @@ def test_calibrating_and_measuring_the_whole_system_by_the_command_line(saved, l
     assert {"oracle", "random", "margin", "entropy", "sequence_logprob"} < set(record["routers"])
     for name in ("deferral.png", "latency.png"):
         assert (saved / "out" / name).stat().st_size > 5000
+
+
+def test_a_task_without_a_metric_of_single_rows_is_refused_before_anything_is_asked(saved, monkeypatch):
+    for name in ("e2e", "snips"):
+        data = ["--task", name, "--data", str(saved / "data")]
+        refused = CliRunner().invoke(app, ["calibrate", "no/adapter", *data])
+        assert isinstance(refused.exception, ConfigError)
+        assert f"task {name!r} is scored over all rows together" in str(refused.exception)
+        config = SystemConfig(adapter="no/adapter", router=Path("no/router.json"), output=saved)
+        with pytest.raises(ConfigError, match="scored over all rows together"):
+            run_system(config, TASKS[name], ROWS)
 
 
 # Raised inside torch's and onnxscript's own exporting code.

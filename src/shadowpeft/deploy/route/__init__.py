@@ -2,7 +2,7 @@
 
 from shadowpeft.deploy.route.artefact import Router, fit_router, load_router, save_router
 from shadowpeft.deploy.route.breaker import CircuitBreaker
-from shadowpeft.deploy.route.calibrate import observe, skills_of
+from shadowpeft.deploy.route.calibrate import check_routable, observe, skills_of
 from shadowpeft.deploy.route.cloud import Cloud, CloudSettings
 from shadowpeft.deploy.route.operating import Target
 from shadowpeft.deploy.route.service import EDGE_NAME, EdgeService
@@ -15,6 +15,7 @@ __all__ = [
     "EdgeService",
     "Router",
     "Target",
+    "check_routable",
     "fit_router",
     "load_router",
     "observe",

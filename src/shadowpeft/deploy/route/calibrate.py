@@ -57,6 +57,21 @@ def is_out_of_scope(task: Task, row: Row) -> bool:
     return task.target(row).strip() in OUT_OF_SCOPE
 
 
+def check_routable(task: Task) -> None:
+    """Whether each answer to the task is right or wrong.
+
+    Raises:
+        ConfigError: the task is not answered by text, or scored over all rows together.
+    """
+    if task.kind != "generation":
+        raise ConfigError(f"task {task.name!r} is answered by a {task.kind}; a router needs generated answers")
+    if task.corpus is not None and task.metric == task.corpus.name:
+        raise ConfigError(
+            f"task {task.name!r} is scored over all rows together ({task.metric}), which calls no row right or wrong; a "
+            "router needs a task that scores each row, such as robot or clinc150"
+        )
+
+
 def observe(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
@@ -75,11 +90,10 @@ def observe(
         edge: what the device runs, such as an exported shadow; None: the adapter, detached.
 
     Raises:
-        ConfigError: the task is not answered by text.
+        ConfigError: the task is not answered by text, or scored over all rows together.
         DataError: no rows.
     """
-    if task.kind != "generation":
-        raise ConfigError(f"task {task.name!r} is answered by a {task.kind}; a router needs generated answers")
+    check_routable(task)
     if not rows:
         raise DataError(f"there are no rows of task {task.name!r} to calibrate on")
     ask = partial(answers, tokenizer=tokenizer, task=task, rows=rows, batch_size=batch_size, progress=progress)

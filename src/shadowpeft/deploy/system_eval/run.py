@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.deploy.route.artefact import load_router
-from shadowpeft.deploy.route.calibrate import headline, is_out_of_scope
+from shadowpeft.deploy.route.calibrate import check_routable, headline, is_out_of_scope
 from shadowpeft.deploy.route.operating import NO_TARGET, Target
 from shadowpeft.deploy.serve.exported import is_exported
 from shadowpeft.deploy.serve.loading import load_served
@@ -66,6 +66,7 @@ def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[s
     Raises:
         ShadowPeftError: nothing to replay, or a server that does not start or answer.
     """
+    check_routable(task)
     if not rows:
         raise DataError(f"there are no rows of task {task.name!r} to replay")
     router = load_router(config.router)
