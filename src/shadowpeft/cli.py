@@ -21,6 +21,7 @@ from shadowpeft.core.config import PRESETS
 from shadowpeft.deploy import commands as deploying
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.train import pretrain as pretraining
+from shadowpeft.train.checkpoints import RUN_FILE
 from shadowpeft.train.config import TrainConfig, merge, read_yaml, split_settings
 from shadowpeft.train.plan import MARGIN
 from shadowpeft.train.pretrain_config import PretrainConfig
@@ -78,6 +79,9 @@ def train(
     **flags: Any,
 ) -> None:
     """Train a shadow, score base / attached / detached, save the adapter."""
+    if flags.get("resume") and config is None and flags.get("output"):
+        begun = Path(flags["output"]) / RUN_FILE
+        config = begun if begun.is_file() else None  # what is not said anew is as it was
     commands.train(config_from(flags, config, preset), console)
 
 

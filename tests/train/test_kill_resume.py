@@ -89,3 +89,22 @@ def test_a_copied_checkpoint_that_lacks_a_file_is_passed_over(bench, tmp_path):
         assert newest_checkpoint(copies).name == "checkpoint-4"
         (copies / "checkpoint-4" / missing).unlink()
         assert newest_checkpoint(copies).name == "checkpoint-2", missing
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"learning_rate": 1e-4}, "learning_rate=0.003, not 0.0001"),
+        ({"task": "robot", "data": None}, "task='intent', not 'robot'"),
+        ({"limit_train": 8}, "limit_train=None, not 8"),
+        ({"shadow": {"shadow_intermediate_size": 24, "shadow_alpha": 2.0}}, "shadow_alpha=0.1, not 2.0"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_settings_than_it_began_with(bench, tmp_path, changed, said):
+    train(settings(bench, tmp_path))
+    before = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=rf"was started with {said}.*--config .*config.yaml --resume"):
+        train(settings(bench, tmp_path, resume=True, **changed))
+    assert (tmp_path / "config.yaml").read_text() == before
+    # What changes no number is free.
+    assert train(settings(bench, tmp_path, resume=True, limit_eval=2, save_every=1)).steps == 4

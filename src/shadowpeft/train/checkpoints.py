@@ -9,9 +9,15 @@ import yaml
 from shadowpeft.errors import ConfigError
 from shadowpeft.files import STAGING_PREFIX, contents, write_files
 from shadowpeft.model.checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from shadowpeft.train.config import TrainConfig, read_yaml
+from shadowpeft.train.pretrain_config import PretrainConfig
+
+RunConfig = TrainConfig | PretrainConfig
 
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 RUN_FILE = "config.yaml"
+# Settings that may differ when a run goes on: where it is, what it says, and what changes no number.
+FREE = {"output", "resume", "log_every", "save_every", "report_to", "eval_batch_size", "limit_eval", "gradient_checkpointing"}
 # A checkpoint is renamed into place when all of it is written. Copies may still be cut off: one without these was.
 # The optimizer's is a folder or another file where it was sharded.
 _COMPLETE = ("optimizer*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
@@ -46,6 +52,27 @@ def check_run_folder(folder: Path, *, resume: bool, weights: tuple[str, ...] = A
     if resume and not (folder / RUN_FILE).is_file():
         raise ConfigError(f"nothing to resume in {folder}: no run was started there; start without --resume")
     return newest_checkpoint(folder / "checkpoints", weights) if resume else None
+
+
+def check_same_run(folder: Path, config: RunConfig) -> None:
+    """Whether ``config`` is that of the run in ``folder``: one that goes on with other rows, rates or seeds is no run.
+
+    Raises:
+        ConfigError: settings differ that decide what is learnt; the first of them is named.
+    """
+    settings, begun = (_flat(each) for each in (config, type(config).from_dict(read_yaml(folder / RUN_FILE))))
+    for name, value in settings.items():
+        if name not in FREE and value != begun[name]:
+            raise ConfigError(
+                f"the run in {folder} was started with {name}={begun[name]!r}, not {value!r}; go on with its own settings, "
+                f"--config {folder / RUN_FILE} --resume, or start another run in another folder"
+            )
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    """All settings by name, an adapter's own among them."""
+    settings = config.to_dict()
+    return settings | settings.pop("shadow") if isinstance(config, TrainConfig) else settings
 
 
 def write_run_file(folder: Path, settings: dict[str, Any]) -> None:
