@@ -1,5 +1,7 @@
 """Generation in every way users call it, against decoding without a cache."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -125,6 +127,25 @@ def test_a_cache_that_only_the_base_filled_is_refused():
     cache = model(ids, adapter="__base__", use_cache=True).past_key_values
     with pytest.raises(ConfigError, match="only the base has seen"):
         model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mistral"])
+def test_a_cache_with_which_the_base_went_on_alone_is_refused(model_type):
+    model, ids = adapted(model_type), tokens()
+    cache = model(ids, use_cache=True)[CACHE]
+    model(ids[:, :1], past_key_values=cache, use_cache=True, adapter="__base__")
+    with pytest.raises(ConfigError, match="only the base has seen"):
+        model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+def test_embeddings_for_a_shadow_with_a_table_of_its_own_are_refused():
+    model, ids = adapted(share_embeddings=False), tokens()
+    embeddings = model.get_input_embeddings()(ids)
+    for call in (model, model.last_hidden_states, partial(run, model)):
+        with pytest.raises(ConfigError, match=r"a table of its own.*share_embeddings=True"):
+            call(inputs_embeds=embeddings)
+    expected = model(ids, adapter="__base__").logits
+    assert torch.equal(model(inputs_embeds=embeddings, adapter="__base__").logits, expected)
 
 
 def test_a_cache_of_another_model_is_refused():

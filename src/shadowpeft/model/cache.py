@@ -13,6 +13,10 @@ from shadowpeft.errors import ConfigError
 
 # What transformers calls a cache in its keywords, outputs and model_kwargs: "cache" since 5.24, "past_key_values" before.
 CACHE = "cache" if "cache" in {field.name for field in fields(BaseModelOutputWithPast)} else "past_key_values"
+_ONE_SIDED = (
+    "this cache holds tokens that only the base has seen; the shadow needs them too: start with an empty cache, or with one "
+    "of whose calls none went to the base alone"
+)
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -35,7 +39,8 @@ def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfi
         shadow: config of the shadow backbone.
 
     Raises:
-        ConfigError: the cache has neither the base's number of layers nor that of both paths.
+        ConfigError: the cache has neither the base's number of layers nor that of both paths, or only the base has seen
+            some of its tokens.
     """
     num_base, num_shadow = base.num_hidden_layers, shadow.num_hidden_layers
     if len(cache.layers) < num_base and cache.layer_class_to_replicate is not None:
@@ -43,16 +48,17 @@ def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfi
         cache.layers.extend(cache.layer_class_to_replicate() for _ in range(missing))
     if len(cache.layers) == num_base:
         if cache.get_seq_length() > 0:
-            raise ConfigError(
-                "this cache holds tokens that only the base has seen; the shadow needs them too: start with an "
-                "empty cache, or with one that this model returned"
-            )
+            raise ConfigError(_ONE_SIDED)
         cache.layers.extend(_new_layers(cache, shadow))
     if len(cache.layers) != num_base + num_shadow:
         raise ConfigError(
             f"the cache has {len(cache.layers)} layers; expected {num_base} (the base's) or {num_base + num_shadow} "
             "(base and shadow): it was made for another model or adapter"
         )
+    # Static layers count on their device, where asking would be a wait, or a break in a compiled graph. The shadow may be
+    # ahead, of what it drafts.
+    if _static_length(cache) is None and cache.get_seq_length() > cache.get_seq_length(num_base):
+        raise ConfigError(_ONE_SIDED)
     return _view(cache, num_base)
 
 

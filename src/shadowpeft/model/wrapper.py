@@ -232,8 +232,17 @@ class ShadowModel(AdaptedModel):
         past_key_values: Cache | None,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Eq. 1 and 10: s(0), [B, T, d], in the base's dtype."""
+        """Eq. 1 and 10: s(0), [B, T, d], in the base's dtype.
+
+        Raises:
+            ConfigError: embeddings for a shadow that has a token table of its own.
+        """
         backbone = network.backbone
+        if inputs_embeds is not None and not network.config.shares_embeddings:
+            raise ConfigError(
+                "inputs_embeds are the base's embeddings, and this shadow looks tokens up in a table of its own; pass "
+                "input_ids, or make the adapter with share_embeddings=True"
+            )
         if past_key_values is not None:
             view = shadow_view(past_key_values, base=decoder_of(self.base).config, shadow=backbone.config)
             kwargs = kwargs | {CACHE: view}
