@@ -15,6 +15,7 @@ from shadowpeft.deploy.route import (
     EdgeService,
     Router,
     Target,
+    check_choices,
     check_routable,
     fit_router,
     load_router,
@@ -150,9 +151,14 @@ def calibrate(
     batch_size: int,
     allow_other_weights: bool,
 ) -> Router:
-    """Fits a router on validation rows, prints what to expect of it and writes it."""
+    """Fits a router on validation rows, prints what to expect of it and writes it.
+
+    Raises:
+        ConfigError: a choice that is none, or a target out of reach, after the router was written without it.
+    """
     chosen = task_named(task)
     check_routable(chosen)
+    check_choices(score=score, kind=kind)
     source = Path(data) if data else None
     rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
     skills = skills_of(chosen, load_rows(chosen, "train", source=source))
@@ -167,10 +173,18 @@ def calibrate(
         kind=kind,
         skills=skills,
         task=task,
-        target=target,
     )
     router.report["attached_auroc_in_scope"] = observed.cloud_auroc_in_scope()
+    # First without the target: both models answered for this, and the target may be out of reach.
     save_router(router, output)
+    if target.given():
+        try:
+            router = router.with_target(target)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error}; {output} holds the router without a target, and `shadowpeft edge` takes another target for it"
+            ) from error
+        save_router(router, output)
     console.print(_scores_table(router))
     console.print(_expectation(router))
     console.print(f"router: {output}")

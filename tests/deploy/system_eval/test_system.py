@@ -13,6 +13,7 @@ from models import randomise
 from shadowpeft.cli import app
 from shadowpeft.deploy.onnx import write_onnx
 from shadowpeft.deploy.route.artefact import load_router
+from shadowpeft.deploy.route.operating import Target
 from shadowpeft.deploy.system_eval import SystemConfig, run_system
 from shadowpeft.deploy.system_eval.figures import scope_detection
 from shadowpeft.deploy.system_eval.link import Link, running_link
@@ -98,6 +99,29 @@ def test_a_task_without_a_metric_of_single_rows_is_refused_before_anything_is_as
         config = SystemConfig(adapter="no/adapter", router=Path("no/router.json"), output=saved)
         with pytest.raises(ConfigError, match="scored over all rows together"):
             run_system(config, TASKS[name], ROWS)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [(("--score", "luck"), "unknown score 'luck'; choose one of"), (("--kind", "linear"), "unknown calibration 'linear'")],
+)
+def test_a_wrong_choice_is_refused_before_anything_is_loaded(saved, option, said):
+    refused = CliRunner().invoke(app, ["calibrate", "no/adapter", "--data", str(saved / "data"), *option])
+    assert isinstance(refused.exception, ConfigError) and said in str(refused.exception)
+
+
+def test_a_target_out_of_reach_leaves_a_router_that_takes_another_one(saved, tmp_path):
+    router = tmp_path / "router.json"
+    asked = ["calibrate", saved / "adapter", "--output", router, "--data", saved / "data", "--limit", 4]
+    refused = CliRunner().invoke(app, [str(part) for part in [*asked, "--min-accuracy", "1.0"]])
+    assert isinstance(refused.exception, ConfigError)
+    assert "no threshold reaches min_accuracy=1.0" in str(refused.exception)
+    assert f"{router} holds the router without a target" in str(refused.exception)
+    written = load_router(router)
+    assert written.with_target(Target(min_accuracy=0.0)).point.accuracy == written.point.accuracy == 0
+    # A target in reach is the written router's own.
+    command(*asked, "--max-cloud-share", 1)
+    assert load_router(router) == written.with_target(Target(max_cloud_share=1.0))
 
 
 # Raised inside torch's and onnxscript's own exporting code.

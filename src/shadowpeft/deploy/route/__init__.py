@@ -1,6 +1,6 @@
 """Deciding on the device whether its answer will do or the cloud is asked."""
 
-from shadowpeft.deploy.route.artefact import Router, fit_router, load_router, save_router
+from shadowpeft.deploy.route.artefact import Router, check_choices, fit_router, load_router, save_router
 from shadowpeft.deploy.route.breaker import CircuitBreaker
 from shadowpeft.deploy.route.calibrate import check_routable, observe, skills_of
 from shadowpeft.deploy.route.cloud import Cloud, CloudSettings
@@ -15,6 +15,7 @@ __all__ = [
     "EdgeService",
     "Router",
     "Target",
+    "check_choices",
     "check_routable",
     "fit_router",
     "load_router",

@@ -130,15 +130,14 @@ def fit_router(
         kind: ``temperature`` or ``isotonic``.
 
     Raises:
-        ConfigError: unknown score, no rows, or a target out of reach.
+        ConfigError: unknown score or kind, no rows, or a target out of reach.
     """
+    check_choices(score=score, kind=kind)
     if not examples:
         raise ConfigError("there are no validation rows to fit a router on")
     report = score_report(examples, kind)
     if score is None:
         score = max(SCORES, key=partial(_auroc, report))
-    if score not in SCORES:
-        raise ConfigError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
     open_rows = _open_rows(examples)
     calibration = calibrations.fit(kind, [e.scores[score] for e in open_rows], [e.edge == 1 for e in open_rows])
     confidence = [calibration.probability(example.scores[score]) for example in examples]
@@ -152,6 +151,17 @@ def fit_router(
         examples=tuple(examples),
         report=report,
     )
+
+
+def check_choices(*, score: str | None, kind: str) -> None:
+    """Refuses arguments of :func:`fit_router` that are wrong whatever the examples.
+
+    Raises:
+        ConfigError: unknown score or kind.
+    """
+    calibrations.check_kind(kind)
+    if score is not None and score not in SCORES:
+        raise ConfigError(f"unknown score {score!r}; choose one of {', '.join(SCORES)}")
 
 
 def score_report(examples: Sequence[Example], kind: str) -> dict[str, dict[str, float | None]]:

@@ -68,13 +68,20 @@ def fit(kind: str, scores: Sequence[float], is_right: Sequence[bool]) -> Calibra
     Raises:
         ConfigError: unknown kind, or no rows.
     """
+    check_kind(kind)
     if not scores:
         raise ConfigError("there are no rows to calibrate on")
-    if kind == "temperature":
-        return fit_temperature(scores, is_right)
-    if kind == "isotonic":
-        return fit_isotonic(scores, is_right)
-    raise ConfigError(f"unknown calibration {kind!r}; choose temperature or isotonic")
+    return fit_temperature(scores, is_right) if kind == "temperature" else fit_isotonic(scores, is_right)
+
+
+def check_kind(kind: str) -> None:
+    """Refuses an unknown kind of calibration.
+
+    Raises:
+        ConfigError: it is neither ``temperature`` nor ``isotonic``.
+    """
+    if kind not in ("temperature", "isotonic"):
+        raise ConfigError(f"unknown calibration {kind!r}; choose temperature or isotonic")
 
 
 def fit_temperature(scores: Sequence[float], is_right: Sequence[bool]) -> Temperature:
