@@ -5,11 +5,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
+from comparisons import byte_tokenizer
 from models import tiny_base
 from shadowpeft import cli, commands
 
@@ -24,8 +25,9 @@ def blocks(language: str) -> list[str]:
 def test_the_python_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = blocks("python")
     monkeypatch.chdir(tmp_path)
-    tiny_base("qwen3").save_pretrained("Qwen/Qwen3-0.6B")  # a local folder wins over the hub
-    names = {"input_ids": torch.tensor([[3, 4, 5]])}
+    tiny_base("qwen3", vocab_size=259).save_pretrained("Qwen/Qwen3-0.6B")  # a local folder wins over the hub
+    byte_tokenizer().save_pretrained("Qwen/Qwen3-0.6B")
+    names: dict[str, Any] = {}
     exec(compile(code, "README.md", "exec"), names)
     assert type(names["shadow"]).__name__ == "Qwen3ForCausalLM"
     assert (tmp_path / "shadow" / "model.safetensors").is_file()

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from result_tables.common import ROOT, percent, result
+from shadowpeft.evaluate.compare.recipe import read_recipe
+from shadowpeft.train.tasks import TASKS
 
 TASK_RESULTS = ("home_commands", "trec", "clinc150")
 MODES = ("base", "attached", "detached")
-NAMES = {"none": "untouched base", "lora": "LoRA", "dora": "DoRA", "shadow": "ShadowPEFT",
-         "shadow (detached)": "its shadow, detached"}  # fmt: skip
+NAMES = {"none": "untouched base", "lora": "LoRA", "dora": "DoRA", "paper": "shadow, the paper's formula",
+         "shadow": "shadow, `recommended`", "shadow (detached)": "the same, detached"}  # fmt: skip
 
 
 def demo_table() -> str:
@@ -101,15 +103,21 @@ def shadow_text_table() -> str:
 
 
 def compare_table(name: str, base: str) -> str:
-    """A comparison's main table, a line a task: scores and what they are above LoRA's; means over seeds."""
+    """A comparison's main table, a line a task: scores, and what attached shadows are above LoRA; means over seeds.
+
+    The rest (DoRA above LoRA, detached shadows, p) is in the report beside the file.
+    """
     rows = [row for row in result(f"{name}/summary")["tables"]["main"] if row["base"] == base]
     # Of a task that is still under way there may be the untouched base alone.
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None and row["method"] == "lora"))
     metrics = {row["task"]: row["metric"] for row in rows if row["task"] is not None}
     means = list(dict.fromkeys(heading_of(row) for row in rows if row["task"] is None))
     cells = {(row["method"], heading_of(row)): row for row in rows}
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    others = [method for method in methods if method not in ("none", "lora")]
+    found = {row["method"] for row in rows}
+    methods = [method for method in NAMES if method in found]
+    others = [method for method in ("paper", "shadow") if method in found]
+    entries = read_recipe(ROOT / "recipes" / f"{name}.yaml").tasks
+    kinds = {entry: TASKS[spec.task].kind for entry, spec in entries.items()}
     heads = [NAMES.get(method, method) for method in methods]
     heads += [f"{NAMES.get(method, method)}, above LoRA" for method in others]
     lines = [f"| task | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
@@ -121,7 +129,8 @@ def compare_table(name: str, base: str) -> str:
         shown = ["-" if row is None else percent(row["score"]["value"]) for row in scores]
         gaps = [row for method, row in zip(methods, scores, strict=True) if method in others]
         shown += ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in gaps]
-        lines.append(f"| {task if task in means else f'{task}, {metrics[task]}'} | {' | '.join(shown)} |")
+        answered = {"classification": "class", "generation": "written"}.get(kinds.get(task, ""), "")
+        lines.append(f"| {task if task in means else f'{task} ({answered}), {metrics[task]}'} | {' | '.join(shown)} |")
     counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
     seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
     most = max(row["rows"] for row in rows if row["task"] is not None)
