@@ -105,10 +105,12 @@ def test_label_smoothing_is_transformers_own():
     assert_close(found.total, theirs)
 
 
-def test_a_batch_without_labels_costs_nothing_and_is_not_nan():
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
+def test_a_batch_without_labels_costs_nothing_and_is_not_nan(count):
+    """A count of 0 is what the Trainer gives a step in which no batch has a label."""
     head, hidden, initial, labels = problem(trained=True)
     spec = LossSpec(shadow_weight=1.0)
-    found = shared_head_losses(spec, head, hidden, initial, torch.full_like(labels, -100))
+    found = shared_head_losses(spec, head, hidden, initial, torch.full_like(labels, -100), count)
     assert found.total.item() == 0
     assert not any(gradient.any() for gradient in gradients(found.total, head, hidden, initial))
 
@@ -122,6 +124,16 @@ def test_ignored_positions_never_reach_the_head():
     found.total.backward()
     assert torch.isfinite(hidden.grad).all()
     assert torch.isfinite(initial.grad).all()
+
+
+@pytest.mark.parametrize("wrong", [-1, V])
+def test_a_label_that_is_no_token_is_an_error_whatever_the_head_is(wrong):
+    """-1 masks labels in other libraries; here it has to be -100, and must not pass for token 0."""
+    head, hidden, initial, labels = problem()
+    labels[0, -2] = wrong
+    for kind in (head, nn.Sequential(head)):
+        with pytest.raises((IndexError, RuntimeError), match=f"{wrong} is out of bounds"):
+            shared_head_losses(LossSpec(shadow_weight=1.0), kind, hidden, initial, labels)
 
 
 def test_no_logits_are_kept_for_backward():

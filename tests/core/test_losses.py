@@ -23,9 +23,11 @@ def test_causal_loss_equals_transformers_own_with_and_without_a_count():
         assert_close(causal_lm_loss(LOGITS.float(), labels, count), theirs)
 
 
-def test_a_batch_without_labels_costs_nothing_and_is_not_nan():
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
+def test_a_batch_without_labels_costs_nothing_and_is_not_nan(count):
+    """A count of 0 is what the Trainer gives a step in which no batch has a label."""
     logits = LOGITS.clone().requires_grad_()
-    loss = causal_lm_loss(logits, torch.full_like(LABELS, -100))
+    loss = causal_lm_loss(logits, torch.full_like(LABELS, -100), count)
     loss.backward()
     assert loss.item() == 0
     assert not logits.grad.any()

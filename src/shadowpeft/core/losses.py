@@ -191,8 +191,8 @@ def last_token(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
 
 
 def label_count(targets: Tensor, num_items: Tensor | int | None) -> Tensor | int:
-    """What a sum over ``targets`` is divided by: ``num_items``, else the targets that are not ignored, at least 1."""
+    """What a sum over ``targets`` is divided by: ``num_items``, else the targets that are not ignored; at least 1."""
     if num_items is None:
-        return (targets != IGNORE).sum().clamp(min=1)
-    return num_items.to(targets.device) if isinstance(num_items, Tensor) else num_items
+        num_items = (targets != IGNORE).sum()
+    return num_items.to(targets.device).clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
 
