@@ -13,6 +13,7 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.model.checkpoint import restore_weights
 from shadowpeft.train.arguments import shared_arguments
 from shadowpeft.train.config import TrainConfig
+from shadowpeft.train.groups import parameter_groups
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.trainer import ShadowTrainer
 
@@ -258,6 +259,19 @@ def test_the_trainer_takes_the_multiplier_of_the_adapters_config_unless_it_is_gi
     model = adapted(shadow_lr_multiplier=0.5)
     assert {group["lr"] for group in trainer(tmp_path, model, multiplier=None).create_optimizer().param_groups} == {1e-2, 5e-3}
     assert {group["lr"] for group in trainer(tmp_path, model, multiplier=1.0).create_optimizer().param_groups} == {1e-2}
+
+
+@pytest.mark.parametrize("multiplier", [0.3, 1.0])
+def test_groups_for_a_loop_of_ones_own_are_those_of_the_trainer(tmp_path, multiplier):
+    model = adapted(update_bias=True, shadow_lr_multiplier=multiplier)
+    own = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-2, weight_decay=0.1))
+    theirs = trainer(tmp_path, model, multiplier=None).create_optimizer()
+
+    def settings(optimizer):
+        groups = optimizer.param_groups
+        return {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+    assert settings(own) == settings(theirs)
 
 
 def test_one_learning_rate_leaves_the_groups_as_they_are(tmp_path):

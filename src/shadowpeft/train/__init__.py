@@ -2,6 +2,7 @@
 
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import AnswerCollator, encode_classification, encode_generation, load_rows
+from shadowpeft.train.groups import parameter_groups
 from shadowpeft.train.run import Trained, train
 from shadowpeft.train.tasks import TASKS, Task
 from shadowpeft.train.trainer import ShadowTrainer
@@ -16,5 +17,6 @@ __all__ = [
     "encode_classification",
     "encode_generation",
     "load_rows",
+    "parameter_groups",
     "train",
 ]
