@@ -36,6 +36,7 @@ from shadowpeft.deploy.serve import (
     load_served,
     run_app,
     task_or_none,
+    why_not_one_text,
 )
 from shadowpeft.deploy.serve import Path as ModelPath
 from shadowpeft.deploy.system_eval import SystemConfig, run_system, write_report
@@ -64,9 +65,17 @@ def serve(
     max_bytes: int,
     allow_other_weights: bool,
 ) -> None:
-    """Serves one base with its adapters until told to stop."""
+    """Serves one base with its adapters until told to stop.
+
+    Raises:
+        ShadowPeftError: settings, a task or models that cannot be served.
+    """
     check_free(host, port)
     options = _settings(settings, task)
+    # The task wraps chat messages and nothing else here. An edge's is its router's: that serves, for ready-made prompts.
+    reason = None if options.task is None else why_not_one_text(options.task)
+    if reason is not None:
+        raise ConfigError(f"--task {task}: {reason}, and leave out --task")
     loaded = load_served(adapters, base=base, lora=lora, allow_other_weights=allow_other_weights)
     service = LocalService(loaded.model, loaded.tokenizer, catalogue(loaded.adapters), options)
     _run(service, console, host, port, api_key, max_bytes, options.request_seconds)

@@ -62,9 +62,9 @@ def router(threshold=0.5, skills=None):
 
 @contextlib.contextmanager
 def edge(
-    url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, cloud_model="robot", max_new_tokens=256, **options
+    url=None, threshold=ALL_TO_CLOUD, skills=None, never=False, cloud_model="robot", max_new_tokens=256, task=None, **options
 ):
-    own = Settings(temperature=0.0, max_new_tokens=max_new_tokens)
+    own = Settings(temperature=0.0, max_new_tokens=max_new_tokens, task=task)
     local = edge_service(Loaded(model=DETACHED, tokenizer=TOKENIZER, adapters=[]), own)
     settings = {"model": cloud_model, "total_seconds": 120.0, "max_attempts": 2, "first_pause": 0.01} | options
     breaker = CircuitBreaker(max_failures=settings.pop("max_failures", 50), open_seconds=60)
@@ -328,6 +328,15 @@ def test_pauses_between_attempts_grow_and_end_with_the_time():
     assert len(pauses) == 4
     for pause, longest in zip(pauses, (0.1, 0.2, 0.4, 0.5), strict=True):
         assert longest / 2 <= pause <= longest
+
+
+def test_a_task_of_several_texts_is_answered_by_ready_made_prompts_alone():
+    with edge(task=TASKS["squad_v2"], never=True, threshold=0.0) as (address, _), httpx.Client(base_url=address) as client:
+        refused = client.post("/v1/chat/completions", json=ASKED)
+        assert refused.status_code == 400 and "/v1/completions" in refused.json()["error"]["message"]
+        prompt = TASKS["squad_v2"].prompt({"context": "Up.", "question": "Where?"})
+        answered = client.post("/v1/completions", json={"model": "edge", "prompt": prompt, "max_tokens": 3})
+        assert answered.status_code == 200 and answered.json()["usage"]["completion_tokens"] == 3
 
 
 def test_rows_of_a_task_that_scores_them_only_together_are_not_observed():

@@ -9,16 +9,20 @@ import openai
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
-from deploy.running import held_steps, running, wait_until
+from deploy.running import free_port, held_steps, running, wait_until
 from deploy.tiny import byte_tokenizer, shadow_model
+from shadowpeft.cli import app
 from shadowpeft.deploy.serve.app import create_app
 from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.prompts import chat_ids
-from shadowpeft.deploy.serve.protocol import ChatRequest, parse
+from shadowpeft.deploy.serve.protocol import ChatRequest, Message, parse
 from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.service import LocalService, Settings
+from shadowpeft.errors import ConfigError
+from shadowpeft.train.tasks import TASKS
 
 TOKENIZER = byte_tokenizer()
 MODEL = shadow_model()
@@ -254,6 +258,24 @@ def test_messages_that_the_chat_template_refuses_are_the_clients_fault(template)
     with pytest.raises(ApiError, match="chat template refuses") as refusal:
         chat_ids(tokenizer, parse(ChatRequest, json.dumps(CHAT).encode()).messages, None)
     assert refusal.value.status == 400 and refusal.value.param == "messages"
+
+
+ASKED = [Message(role="user", content="How high?")]
+
+
+@pytest.mark.parametrize("name", sorted(name for name, task in TASKS.items() if task.kind == "generation"))
+def test_a_message_takes_the_place_of_a_tasks_only_text_and_of_no_second_one(name):
+    if name == "squad_v2":
+        with pytest.raises(ApiError, match="'squad_v2' is made of context and question"):
+            chat_ids(TOKENIZER, ASKED, TASKS[name])
+    else:
+        assert TOKENIZER.decode(chat_ids(TOKENIZER, ASKED, TASKS[name])).count("How high?") == 1
+
+
+def test_serving_a_task_of_several_texts_is_refused_at_the_start():
+    refused = CliRunner().invoke(app, ["serve", "--base", "no/base", "--task", "squad_v2", "--port", str(free_port())])
+    assert isinstance(refused.exception, ConfigError)
+    assert "made of context and question" in str(refused.exception) and "/v1/completions" in str(refused.exception)
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused(raw):

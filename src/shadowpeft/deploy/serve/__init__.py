@@ -5,6 +5,7 @@ from shadowpeft.deploy.serve.catalogue import Entry, catalogue
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.loading import Loaded, load_edge, load_served, task_or_none
 from shadowpeft.deploy.serve.mixed import Path
+from shadowpeft.deploy.serve.prompts import why_not_one_text
 from shadowpeft.deploy.serve.run import check_free, run_app
 from shadowpeft.deploy.serve.service import LocalService, Service, Settings
 
@@ -23,4 +24,5 @@ __all__ = [
     "load_served",
     "run_app",
     "task_or_none",
+    "why_not_one_text",
 ]

@@ -99,7 +99,7 @@ def task_or_none(name: str | None) -> Task | None:
     """The task whose prompt wraps chat messages.
 
     Raises:
-        ConfigError: unknown, or its prompt needs more than one text.
+        ConfigError: unknown, or not answered by text.
     """
     if name is None:
         return None

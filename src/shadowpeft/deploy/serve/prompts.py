@@ -20,10 +20,13 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ta
     transcript, since a base without template has no better convention.
 
     Raises:
-        ApiError: the template refuses the messages, or a text is none.
+        ApiError: the template refuses the messages, the task's prompt needs more than one text, or a text is none.
     """
     turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
     if task is not None:
+        reason = why_not_one_text(task)
+        if reason is not None:
+            raise ApiError(reason, param="messages")
         prompt = task.prompt(dict.fromkeys(task.fields, turns[-1]["content"]))
         turns = [{"role": "user", "content": prompt}]
         if not uses_chat(tokenizer):
@@ -36,6 +39,18 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ta
         return _encode(tokenizer, str(text))
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
     return text_ids(tokenizer, "\n".join([*lines, "Assistant:"]))
+
+
+def why_not_one_text(task: Task) -> str | None:
+    """Why a message alone does not make the task's prompt, or None if it does."""
+    prompt = task.prompt({name: f"<{name}>" for name in task.fields})
+    used = [name for name in task.fields if f"<{name}>" in prompt]
+    if len(used) == 1:
+        return None
+    return (
+        f"the prompt of task {task.name!r} is made of {' and '.join(used)}, but a message is one text; send ready-made "
+        "prompts to /v1/completions"
+    )
 
 
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
