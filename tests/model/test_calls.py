@@ -151,6 +151,23 @@ def test_a_bf16_base_with_an_fp32_adapter_trains_and_generates():
     assert model.detach()(ids).logits.dtype == torch.float32
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_what_is_done_to_a_detached_model_does_not_reach_the_base(model_type):
+    """It shares the memory of the base's table and head, which are one tensor where the base ties them, and no more."""
+    model, ids = adapted(model_type), tokens()
+    expected, detached = model(ids).logits, model.detach()
+    theirs, ours = (
+        [part.weight for part in (one.get_input_embeddings(), one.get_output_embeddings())] for one in (model, detached)
+    )
+    assert (ours[0] is ours[1]) == (theirs[0] is theirs[1])
+    assert [weight.data_ptr() for weight in ours] == [weight.data_ptr() for weight in theirs]
+    detached.requires_grad_(True)
+    assert not any(p.requires_grad for p in model.base.parameters())
+    detached.half()
+    assert {p.dtype for p in model.base.parameters()} == {torch.float64}
+    assert torch.equal(model(ids).logits, expected)
+
+
 def test_no_attribute_of_any_module_changes_during_a_call():
     model, ids = adapted(), tokens()
 

@@ -63,6 +63,14 @@ def test_an_adapter_moves_between_a_whole_and_an_offloaded_base(folder, tmp_path
     assert_close(again(tokens()).logits, model.eval()(tokens()).logits)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{"lm_head": "disk"}, {"model.embed_tokens": "disk"}])
+def test_a_model_detached_from_an_offloaded_base_runs(folder, changes):
+    model = adapted(offloaded(folder, **changes)).eval()
+    expected = model(tokens(), output_shadow_logits=True).shadow_logits
+    assert_close(model.detach()(tokens()).logits, expected)
+
+
 @pytest.mark.parametrize(
     ("blocks", "first"), [("first:1", "norm.weight"), ("spaced:2", r"layers.3\S+"), ("last:1", r"layers.3\S+")]
 )

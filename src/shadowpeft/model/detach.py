@@ -34,16 +34,33 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
         detached: Any = _task_class(base, config)(config)
     # Copied: the detached model must not change when the adapter is trained on.
     backbone = copy.deepcopy(network.backbone).requires_grad_(False)
+    weights: dict[int, Any] = {}
     if network.config.shares_embeddings:
-        backbone.set_input_embeddings(_embedding(shared, network, template=detached.get_input_embeddings()))
+        table = _embedding(shared, network, template=detached.get_input_embeddings())
+        backbone.set_input_embeddings(_own_module(table, weights))
     _share_config(backbone, config)
     setattr(detached, detached.base_model_prefix, backbone)
     if is_classifier(base):
         detached.score = head
     else:
-        detached.set_output_embeddings(_with_bias_of(detached.get_output_embeddings(), head, base, config))
+        head = _with_bias_of(detached.get_output_embeddings(), head, base, config)
+        detached.set_output_embeddings(_own_module(head, weights))
         detached.generation_config = copy.deepcopy(base.generation_config)
     return detached.eval()
+
+
+def _own_module(module: nn.Module, weights: dict[int, Any]) -> nn.Module:
+    """``module`` again over the same memory, so that a cast, a move or a thaw of the detached model ends there.
+
+    Args:
+        weights: what stands for a parameter, by its id: one of the base's that two modules share stays one.
+    """
+    parameters = list(module.parameters())
+    if any(parameter.is_meta for parameter in parameters):
+        return module  # offloaded: only the base's own hook knows where the numbers are
+    for parameter in parameters:
+        weights.setdefault(id(parameter), nn.Parameter(parameter.detach(), requires_grad=False))
+    return copy.deepcopy(module, weights)
 
 
 def _share_config(backbone: PreTrainedModel, config: PreTrainedConfig) -> None:

@@ -37,7 +37,8 @@ class ShadowModel(AdaptedModel):
     def detach(self, adapter_name: str | None = None) -> PreTrainedModel:
         """The shadow alone, as an ordinary model of its own class: ``head(proj(f_shadow(x)))``, projection folded in.
 
-        Where shapes allow it shares the embedding and head tensors with the base; ``save_pretrained`` writes them.
+        Where shapes allow it shares the memory of the base's embeddings and head, in modules of its own: casting, moving or
+        thawing it leaves the base alone, but copy it before training these two. ``save_pretrained`` writes them.
         """
         return detach.detached_model(self.base, self.network(adapter_name))
 
