@@ -5,7 +5,9 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
@@ -61,6 +63,26 @@ def test_a_widening_cast_keeps_its_narrow_source():
     result, size = kept_bytes(norm)
     assert size == 64 * 64 * 2 + 64 * 4
     assert torch.isfinite(torch.autograd.grad(result.sum(), x)[0]).all()
+
+
+def test_a_checkpointed_block_keeps_nothing_while_the_pass_goes_on():
+    x = torch.randn(64, 64, dtype=torch.bfloat16, requires_grad=True)
+    inside = []
+
+    def norm(x):
+        narrow = x * 2
+        inside.append(StorageWeakRef(narrow.untyped_storage()))
+        wide = narrow.to(torch.float32)
+        return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True))).to(torch.bfloat16)
+
+    gradients = []
+    for lean in (False, True):
+        with lean_graph() if lean else contextlib.nullcontext():
+            y = checkpoint(norm, x * 1.5, use_reentrant=False)
+            assert inside[-1].expired()
+            result = norm(y)
+        gradients.append(torch.autograd.grad(result.float().square().sum(), x)[0])
+    assert torch.equal(*gradients)
 
 
 def test_a_result_changed_in_place_afterwards_is_kept_itself():

@@ -124,7 +124,11 @@ def _evaluate(argument: Any, known: dict[int, Tensor]) -> Any:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes, for the time of one forward pass, how cheap results came about and what is kept."""
+    """Notes, for the time of one forward pass, how cheap results came about and what is kept.
+
+    Not within hooks further in, as a checkpointed block has them: nothing is packed here of what they see, and noting
+    it would hold the narrow sources of its casts, which checkpointing is to free.
+    """
 
     def __init__(self, outer: tuple[Callable, Callable] | None) -> None:
         super().__init__()
@@ -134,9 +138,14 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs) if kwargs else func(*args)
-        if func in _CHEAP and isinstance(result, Tensor) and result.requires_grad:
+        if func in _CHEAP and isinstance(result, Tensor) and result.requires_grad and self._is_innermost():
             self._note(result, func, args, kwargs or {})
         return result
+
+    def _is_innermost(self) -> bool:
+        assert _top_hooks is not None
+        hooks = _top_hooks(False)
+        return hooks is not None and hooks[0] == self.pack
 
     def _note(self, result: Tensor, func: Callable, args: tuple, kwargs: dict[str, Any]) -> None:
         storage = result.untyped_storage()
