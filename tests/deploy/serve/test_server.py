@@ -9,6 +9,7 @@ import openai
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
+from transformers import AutoModelForCausalLM, BloomConfig
 from typer.testing import CliRunner
 
 from deploy.running import free_port, held_steps, running, wait_until
@@ -17,11 +18,12 @@ from shadowpeft.cli import app
 from shadowpeft.deploy.serve.app import create_app
 from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.errors import ApiError
+from shadowpeft.deploy.serve.loading import load_edge, load_served
 from shadowpeft.deploy.serve.prompts import chat_ids
 from shadowpeft.deploy.serve.protocol import ChatRequest, Message, parse
 from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.service import LocalService, Settings
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.train.tasks import TASKS
 
 TOKENIZER = byte_tokenizer()
@@ -276,6 +278,15 @@ def test_serving_a_task_of_several_texts_is_refused_at_the_start():
     refused = CliRunner().invoke(app, ["serve", "--base", "no/base", "--task", "squad_v2", "--port", str(free_port())])
     assert isinstance(refused.exception, ConfigError)
     assert "made of context and question" in str(refused.exception) and "/v1/completions" in str(refused.exception)
+
+
+@pytest.mark.parametrize("load", [lambda place: load_served([], base=place), load_edge], ids=["serve", "edge"])
+def test_a_model_that_no_request_could_be_answered_with_is_refused_when_it_is_loaded(tmp_path, load):
+    config = BloomConfig(vocab_size=9, hidden_size=8, n_layer=1, n_head=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ArchitectureError, match="model type 'bloom' is not supported"):
+        load(str(tmp_path))
 
 
 def test_a_token_id_outside_the_vocabulary_is_refused(raw):

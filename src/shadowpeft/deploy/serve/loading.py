@@ -8,9 +8,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve.catalogue import is_usable_name
 from shadowpeft.deploy.serve.exported import ExportedModel, Served, is_exported
+from shadowpeft.deploy.serve.joining import new_cache
 from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.architectures import architecture_of, decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.run import task_named
 from shadowpeft.train.tasks import Task
@@ -51,7 +53,7 @@ def load_served(
         lora: folder of a peft adapter that is merged into the base, for comparisons; no shadows then.
 
     Raises:
-        ShadowPeftError: nothing to serve, or an adapter that does not fit.
+        ShadowPeftError: nothing to serve, a base that cannot be, or an adapter that does not fit.
     """
     named = [parse_adapter(text) for text in adapters]
     if len({name for name, _ in named}) < len(named):
@@ -62,9 +64,7 @@ def load_served(
         raise ConfigError("a merged LoRA changes the base that shadows were trained on; serve them apart")
     folder = checkpoints.find_folder(named[0][1]) if named else None
     base_name = base or checkpoints.read_config(folder)["base"]["name_or_path"]  # type: ignore[arg-type]
-    model = load_model(base_name)
-    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-        raise ArchitectureError(f"{base_name!r} is no causal language model, so it cannot answer")
+    model = _load_decodable(base_name)
     tokenizer = load_tokenizer(_tokenizer_place(folder, base_name))
     if lora is not None:
         model = _with_lora(model, lora)
@@ -84,7 +84,7 @@ def load_edge(place: str, *, adapter: str | None = None) -> Loaded:
     The last needs the base on the device while loading and is meant for trying out.
 
     Raises:
-        ShadowPeftError: nothing to load, no tokenizer, or onnxruntime is not installed.
+        ShadowPeftError: nothing to load, a model that cannot be served, no tokenizer, or onnxruntime is not installed.
     """
     if is_exported(place):
         return Loaded(model=ExportedModel(place), tokenizer=load_tokenizer(place), adapters=[])
@@ -92,7 +92,7 @@ def load_edge(place: str, *, adapter: str | None = None) -> Loaded:
         loaded = load_served([f"{adapter or 'edge'}={place}"])
         assert isinstance(loaded.model, ShadowModel)
         return Loaded(model=loaded.model.detach(), tokenizer=loaded.tokenizer, adapters=[])
-    return Loaded(model=load_model(place).eval(), tokenizer=load_tokenizer(place), adapters=[])
+    return Loaded(model=_load_decodable(place).eval(), tokenizer=load_tokenizer(place), adapters=[])
 
 
 def task_or_none(name: str | None) -> Task | None:
@@ -107,6 +107,20 @@ def task_or_none(name: str | None) -> Task | None:
     if task.kind != "generation":
         raise ConfigError(f"task {name!r} is answered by a {task.kind}, not by text; it cannot be served")
     return task
+
+
+def _load_decodable(name: str) -> PreTrainedModel:
+    """A model whose batches can be decoded; what would fail at every request is found here.
+
+    Raises:
+        ArchitectureError: it is no causal language model, of an unknown type, or keeps more than keys and values.
+    """
+    model = load_model(name)
+    if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ArchitectureError(f"{name!r} is no causal language model, so it cannot answer")
+    architecture_of(model.config)
+    new_cache(decoder_of(model).config)
+    return model
 
 
 def _tokenizer_place(folder: Path | None, base: str) -> str:
