@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing import assert_close
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.core import ShadowRun
 from shadowpeft.errors import AdapterError
+from shadowpeft.model.architectures import blocks_of, decoder_of
 
 
 def adapted(model_type="llama", **config):
@@ -126,6 +128,21 @@ def test_reentrant_checkpointing_is_exact_or_refused():
             assert "use_reentrant" in str(error)
             return
         gradients.append({name: p.grad for name, p in model.network().named_parameters()})
+    assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("config", [{}, {"shadow_model": "base:first:1", "freeze_backbone": True}])
+def test_blocks_that_torch_wraps_to_checkpoint_them_change_nothing(config):
+    """The hooks lie within its wrapper, so every step is computed again, of a shadow without gradients too."""
+    model, ids = adapted(shadow_dropout=0.0, **config).train(), tokens()
+    blocks, gradients = blocks_of(decoder_of(model.base)), []
+    for wrap in (lambda block: block, checkpoint_wrapper):
+        for index, block in enumerate(blocks):
+            blocks[index] = wrap(block)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.network().named_parameters() if p.requires_grad})
+    assert all(gradient is not None for gradient in gradients[0].values())
     assert_close(gradients[1], gradients[0])
 
 

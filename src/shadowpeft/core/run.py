@@ -12,9 +12,9 @@ from shadowpeft.core.network import ShadowNetwork
 class ShadowRun:
     """The shadow state of one call, handed to every block as a keyword; nothing of it is kept on a module.
 
-    While gradients are on, the state in front of every block is kept (autograd holds it anyway), so that
-    a block that is recomputed by gradient checkpointing sees the state it saw the first time. Without
-    gradients only the newest state is kept.
+    The state in front of every block whose input has a gradient is kept (autograd holds it anyway), so that
+    a block that is recomputed by gradient checkpointing sees the state it saw the first time. In front of
+    others only the newest state is kept.
 
     Args:
         network: whose steps refine this call.
@@ -22,7 +22,7 @@ class ShadowRun:
         before_block: (index of a block, what to call when its input is ready), if anything.
     """
 
-    __slots__ = ("_before_block", "_needs_grad", "_states", "initial", "network")
+    __slots__ = ("_before_block", "_states", "_with_grad", "initial", "network")
 
     def __init__(
         self, network: ShadowNetwork, initial: Tensor, *, before_block: tuple[int, Callable[[], Any]] | None = None
@@ -30,7 +30,7 @@ class ShadowRun:
         self.network = network
         self._before_block = before_block
         self.initial = initial
-        self._needs_grad = torch.is_grad_enabled() and initial.requires_grad
+        self._with_grad = torch.is_grad_enabled()
         self._states: dict[int, Tensor] = {-1: initial}
 
     def step(self, block_index: int, h: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class ShadowRun:
             RuntimeError: gradients are switched off inside a call that started with them (re-entrant checkpointing).
             ValueError: state and hidden states differ in shape.
         """
-        if self._needs_grad and not torch.is_grad_enabled():
+        if self._with_grad and not torch.is_grad_enabled():
             raise RuntimeError(
                 "re-entrant gradient checkpointing would lose the gradient of the shadow state; call "
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
@@ -52,7 +52,7 @@ class ShadowRun:
                 f"{tuple(h.shape)}: both paths must see the same tokens (pass the same cache to every call)"
             )
         corrected, state = self.network.step(block_index, h, previous.to(h.device))
-        if self._needs_grad:
+        if corrected.requires_grad:  # if only by the weights of the step: s(0) of a frozen shadow has no gradient
             self._states.setdefault(block_index, state)
         else:
             self._states = {block_index: state}
