@@ -12,7 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing import assert_close
 
 from models import randomise, tiny_base, tiny_config, tokens
-from shadowpeft import get_shadow_model
+from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.core import ShadowRun
 from shadowpeft.errors import AdapterError
 from shadowpeft.model.architectures import blocks_of, decoder_of
@@ -215,6 +215,25 @@ def test_adapters_are_added_chosen_deleted_and_refused_by_name():
         model.add_adapter("second", tiny_config())
     with pytest.raises(AdapterError, match="reserved"):
         model.add_adapter("__base__", tiny_config())
+
+
+@pytest.mark.parametrize("name", ["", "v1.0", "a/b", "__base__", "train", "update", "half", "keys", "training"])
+def test_a_name_that_cannot_be_an_adapters_is_refused_before_the_base_is_touched(tmp_path, name):
+    saved = tmp_path / "adapter"
+    adapted().save_pretrained(saved)
+    base = tiny_base()
+    for make in (
+        lambda: get_shadow_model(base, tiny_config(), name),
+        lambda: ShadowModel.from_pretrained(saved, base, adapter_name=name),
+    ):
+        with pytest.raises(AdapterError, match="cannot name an adapter"):
+            make()
+        assert all(p.requires_grad for p in base.parameters())
+    model = get_shadow_model(base, tiny_config(), "default")
+    for add in (lambda: model.add_adapter(name, tiny_config()), lambda: model.load_adapter(saved, name)):
+        with pytest.raises(AdapterError, match="cannot name an adapter"):
+            add()
+    assert list(model.networks) == ["default"]
 
 
 def test_a_second_wrapper_on_one_base_is_refused_until_the_first_is_unloaded():

@@ -31,6 +31,7 @@ class AdaptedModel(PreTrainedModel):
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig | None = None, adapter_name: str = "default") -> None:
         check_base(base, first_block=0)
+        check_name(adapter_name)
         super().__init__(base.config)
         self.base = base.requires_grad_(False)
         if getattr(base, "hf_device_map", None) is not None:
@@ -70,8 +71,7 @@ class AdaptedModel(PreTrainedModel):
     def _check_new_name(self, adapter_name: str) -> None:
         if adapter_name in self.networks:
             raise AdapterError(f"there is already an adapter {adapter_name!r}; delete it first or take another name")
-        if adapter_name == BASE or not adapter_name or not adapter_name.isprintable() or set("./\\") & set(adapter_name):
-            raise AdapterError(f"{adapter_name!r} cannot name an adapter: it is empty, reserved or holds a dot or a slash")
+        check_name(adapter_name)
 
     def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
         """Makes an adapter the one that calls use and that is trained; the others are frozen."""
@@ -148,3 +148,18 @@ class AdaptedModel(PreTrainedModel):
 
     def get_base_model(self) -> PreTrainedModel:
         return self.base
+
+
+def check_name(adapter_name: str) -> None:
+    """Refuses what cannot be a key of a ``ModuleDict``, part of a file name, or told from the base.
+
+    Raises:
+        AdapterError: it is not usable as the name of an adapter.
+    """
+    is_plain = bool(adapter_name) and adapter_name.isprintable() and not set("./\\") & set(adapter_name)
+    # A ModuleDict has its modules beside its own attributes: train, update, half, keys, ...
+    if not is_plain or adapter_name == BASE or hasattr(nn.ModuleDict(), adapter_name):
+        raise AdapterError(
+            f"{adapter_name!r} cannot name an adapter: it is empty, holds a dot or a slash, or is reserved, as {BASE!r} and "
+            "the attributes of torch's modules are ('train', 'update', 'half', ...); take another name"
+        )

@@ -317,7 +317,7 @@ def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: 
     Raises:
         ArchitectureError: the base is not supported.
         ConfigError: the config does not fit it.
-        AdapterError: it already carries a shadow.
+        AdapterError: it already carries a shadow, or the name is not usable as one.
     """
     return task_model_class(base)(base, config, adapter_name)
 

@@ -158,6 +158,7 @@ class ShadowModel(AdaptedModel):
         Raises:
             ConfigError: ``base_options`` beside a base that is loaded already.
             CheckpointError: as :meth:`load_adapter`.
+            AdapterError: the name is not usable as one.
         """
         hub_options = hub_options or {}
         if base is not None and base_options:
