@@ -79,16 +79,43 @@ def test_stopping_criteria_of_the_caller_end_rows_as_in_plain_decoding(model):
     assert torch.equal(greedy(model, ids, speculative=rigged(greedy(model, ids)), **options), plain)
 
 
-def test_stop_strings_end_the_text(model):
+def word_tokenizer():
     # transformers looks for stop strings by the way its own sample text comes out of the tokenizer.
     vocabulary = {"abcdef": 0, **{f"t{index}": index for index in range(1, 97)}}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="abcdef")))
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="abcdef")))
+
+
+@pytest.mark.parametrize("given", ["argument", "config", "second argument", "model's config", "both configs"])
+def test_stop_strings_end_the_text(model, monkeypatch, given):
     ids = tokens(1, LENGTH)
     free = greedy(model, ids)
-    options = {"stop_strings": f"t{free[0, LENGTH + 4]}", "tokenizer": tokenizer, "min_new_tokens": None}
-    plain = greedy(model, ids, **options)
-    assert plain.shape[1] < free.shape[1]
-    assert torch.equal(greedy(model, ids, speculative=rigged(free), **options), plain)
+    stop = f"t{free[0, LENGTH + 4]}"
+    options = {"max_new_tokens": NEW, "do_sample": False, "stop_strings": stop}
+    if given == "both configs":
+        monkeypatch.setattr(model.generation_config, "stop_strings", "t1")
+    if given == "model's config":
+        monkeypatch.setattr(model.generation_config, "stop_strings", options.pop("stop_strings"))
+    positional, keywords = [ids], options
+    if given == "second argument":
+        positional, keywords = [ids, GenerationConfig(**options)], {}
+    elif given in ("config", "both configs"):
+        keywords = {"generation_config": GenerationConfig(**options)}
+    plain = model.generate(*positional, tokenizer=word_tokenizer(), **keywords)
+    assert torch.equal(plain, free[:, : plain.shape[1]]) and plain.shape[1] < free.shape[1]
+    drafted = model.generate(*positional, tokenizer=word_tokenizer(), speculative=rigged(free), **keywords)
+    assert torch.equal(drafted, plain)
+    if given == "second argument":
+        assert positional[1].stop_strings == stop
+
+
+def test_arguments_by_position_are_those_of_generate(model):
+    ids, streamer = tokens(3, LENGTH), Collects()
+    config = GenerationConfig(max_new_tokens=NEW, do_sample=False)
+    positional = [ids, config, LogitsProcessorList(), StoppingCriteriaList([StopsAt()])]
+    positional += [None, False, None, streamer, None, None, None]
+    plain = greedy(model, ids, stopping_criteria=StoppingCriteriaList([StopsAt()]), min_new_tokens=None)
+    assert torch.equal(model.generate(*positional, speculative=3), plain)
+    assert streamer.has_ended and len(streamer.tokens) == 1 + plain.shape[1] - LENGTH
 
 
 def test_input_embeddings_give_the_tokens_that_their_ids_give(model):
@@ -189,6 +216,8 @@ def test_settings_out_of_range_are_refused(settings):
         ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2; use num_beams=1"),
         ({"use_cache": False}, "use_cache=False"),
         ({"prompt_lookup_num_tokens": 2}, "two ways of decoding"),
+        ({"token_healing": True}, "token_healing=True"),
+        ({"generation_config": GenerationConfig(token_healing=True)}, "token_healing=True"),
         ({"adapter": "__base__"}, "uses the base alone"),
         ({"return_dict_in_generate": True, "output_hidden_states": True}, "not recorded"),
         ({"guidance_scale": 2.0}, "UnbatchedClassifierFreeGuidanceLogitsProcessor counts on being called once a token"),
