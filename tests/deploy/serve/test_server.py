@@ -1,5 +1,6 @@
 """The server as clients see it: the official client, raw sockets, and everything that a client can do wrong."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -20,8 +21,10 @@ from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.loading import load_edge, load_served
 from shadowpeft.deploy.serve.prompts import chat_ids
-from shadowpeft.deploy.serve.protocol import ChatRequest, Message, parse
+from shadowpeft.deploy.serve.protocol import ChatRequest, CompletionRequest, Message, parse
+from shadowpeft.deploy.serve.replies import Replies
 from shadowpeft.deploy.serve.scheduler import Scheduler
+from shadowpeft.deploy.serve.sequence import Piece
 from shadowpeft.deploy.serve.service import LocalService, Settings
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.train.tasks import TASKS
@@ -383,6 +386,30 @@ def test_an_answer_that_takes_too_long_is_a_gateway_timeout():
     with running(create_app(hasty)) as url:
         asked = {"model": "robot", "prompt": "a", "max_tokens": 250, "temperature": 0}
         assert httpx.post(f"{url}/v1/completions", json=asked, timeout=30).status_code == 504
+
+
+class FailsInTheMiddle:
+    """An answer of two choices, the second of which the model fails on."""
+
+    num_choices, num_prompt_tokens, model, info, is_cancelled = 2, 1, "robot", {}, False
+
+    async def events(self):
+        yield 0, Piece(text="a")
+        raise ApiError("the model failed", status=500)
+
+    def cancel(self):
+        self.is_cancelled = True
+
+
+def test_a_choice_that_fails_in_a_stream_gives_up_the_others():
+    async def said(answer):
+        request = parse(CompletionRequest, b'{"model": "robot", "prompt": "x", "n": 2, "stream": true}')
+        return [event async for event in Replies(request, answer, TOKENIZER).stream()]
+
+    answer = FailsInTheMiddle()
+    events = asyncio.run(said(answer))
+    assert len(events) == 2 and b"the model failed" in events[-1]
+    assert answer.is_cancelled
 
 
 def test_going_down_finishes_the_answers_that_run(monkeypatch):

@@ -73,6 +73,7 @@ class Replies:
                 yield _event({**self._chunk_head(), "choices": [], "usage": self.usage(), "shadow": self.info()})
             yield b"data: [DONE]\n\n"
         except ApiError as error:
+            self._answer.cancel()  # the choices that did not fail: nobody will read them
             yield _event(error.body())
 
     async def _collect(self) -> AsyncIterator[tuple[int, str, list[TokenFacts], int]]:
