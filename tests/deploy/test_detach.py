@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForSequenceClassification, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from models import MIXTURES, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
@@ -128,10 +128,15 @@ def test_generation_config_and_labels_travel_and_no_path_of_this_machine_does(tm
 
 def test_it_is_stored_in_the_dtype_that_was_asked_for_and_the_base_keeps_its_own(tmp_path):
     model = adapted("llama")
-    write_detached(model, tmp_path / "small", dtype=torch.bfloat16)
+    returned = write_detached(model, tmp_path / "small", dtype=torch.bfloat16).eval()
     assert {t.dtype for t in load_file(tmp_path / "small/model.safetensors").values()} == {torch.bfloat16}
     assert json.loads((tmp_path / "small/config.json").read_text())["dtype"] == "bfloat16"
     assert model.base.dtype == torch.float64
+    # Rotary frequencies are in no file: what is returned has those that loading the folder makes.
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small").eval()
+    ids = torch.arange(300)[None] % 60
+    with torch.no_grad():
+        torch.testing.assert_close(returned(ids).logits, loaded(ids).logits, rtol=0, atol=0)
 
 
 def explicit(folder: Path, base_type: str, shadow_type: str, *, share: bool, **base_fields) -> ShadowModel:

@@ -11,7 +11,7 @@ from models import enable_checkpointing, randomise, tiny_base, tiny_config, toke
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.checkpoint import restore_weights
-from shadowpeft.train.arguments import shared_arguments
+from shadowpeft.train.arguments import refuse_float16_unasked, shared_arguments
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.groups import parameter_groups
 from shadowpeft.train.pretrain_config import PretrainConfig
@@ -74,6 +74,14 @@ def test_float16_is_trained_with_a_loss_scaler_or_not_at_all(monkeypatch, tmp_pa
     for dtype, expected in {"float16": (True, False), "bfloat16": (False, True), "float32": (False, False)}.items():
         given = shared_arguments(kind(dtype=dtype), tmp_path)
         assert (given["fp16"], given["bf16"]) == expected
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, PretrainConfig])
+def test_a_base_stored_in_float16_is_not_trained_so_unasked(kind):
+    base = tiny_base(dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"stored in float16.*say which dtype"):
+        refuse_float16_unasked(kind(dtype="auto"), base)
+    refuse_float16_unasked(kind(dtype="float32"), base.float())
 
 
 def test_float16_adapters_whose_gradients_no_scaler_takes_are_refused(monkeypatch, tmp_path):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.files import new_folder, write_files
 from shadowpeft.model import ShadowModel
+from shadowpeft.model.build import cast
 
 NUM_PROBE_TOKENS = 8
 
@@ -89,4 +90,4 @@ def _stored_as(detached: PreTrainedModel, dtype: torch.dtype | None) -> PreTrain
     if dtype is None or detached.dtype == dtype:
         return detached
     # Not in place: the token table and the head may be the base's own tensors.
-    return copy.deepcopy(detached).to(dtype)  # type: ignore[arg-type]
+    return cast(copy.deepcopy(detached), dtype)

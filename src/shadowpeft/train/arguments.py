@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 
 from shadowpeft.errors import ConfigError
@@ -60,6 +60,19 @@ def _check_float16(config: TrainConfig | PretrainConfig, has_gpu: bool) -> None:
         raise ConfigError(
             f"adapter_dtype={config.shadow.adapter_dtype!r} makes the trained weights of dtype='float16' float16 too, whose "
             "gradients cannot be scaled; use adapter_dtype='float32'"
+        )
+
+
+def refuse_float16_unasked(config: TrainConfig | PretrainConfig, base: PreTrainedModel) -> None:
+    """With ``dtype: auto`` a base may turn out to be stored in float16 when the loss scaler has long been left out.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if config.dtype == "auto" and base.dtype == torch.float16:
+        raise ConfigError(
+            f"the base {config.base!r} is stored in float16, which trains with a loss scaler on a GPU alone: say which dtype, "
+            "float16 there, else float32 or bfloat16"
         )
 
 

@@ -27,7 +27,7 @@ from shadowpeft.model.build import build_network
 from shadowpeft.model.pretrained import check_same_tokenizer, is_projected, read_projection, read_raw_config
 from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
-from shadowpeft.train.arguments import shared_arguments
+from shadowpeft.train.arguments import refuse_float16_unasked, shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder, check_same_run, write_run_file
 from shadowpeft.train.pretrain_config import PretrainConfig
@@ -96,6 +96,7 @@ def prepare(
         ConfigError: nothing would be trained.
     """
     base = load_model(config.base, dtype=config.dtype)
+    refuse_float16_unasked(config, base)
     tokenizer = load_tokenizer(config.base)
     sizes = {
         "shadow_num_hidden_layers": config.shadow_num_hidden_layers,

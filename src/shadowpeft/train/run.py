@@ -16,7 +16,7 @@ from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.model.build import is_classifier
-from shadowpeft.train.arguments import shared_arguments
+from shadowpeft.train.arguments import refuse_float16_unasked, shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder, check_same_run, write_run_file
 from shadowpeft.train.config import TrainConfig
@@ -83,6 +83,7 @@ def prepare(config: TrainConfig) -> Prepared:
         label_indices(task, test_rows, labels)  # a label that training never sees is found now, not after it
     set_seed(config.seed)
     base = load_model(config.base, labels=labels, dtype=config.dtype)
+    refuse_float16_unasked(config, base)
     base.config.pad_token_id = tokenizer.pad_token_id
     model = get_shadow_model(base, _fitting(config, labels))
     length = _usable_length(config, base)
