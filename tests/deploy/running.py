@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import uvicorn
 
 from shadowpeft.deploy.serve import batch, speculation
+from shadowpeft.deploy.serve.run import http_protocol
 
 
 def free_port() -> int:
@@ -18,10 +19,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(app):
+def running(app, send_seconds=300.0):
     """``http://127.0.0.1:PORT`` of a server in a thread. It is handed a bound socket: no other process can be quicker."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="error", ws="none", http=http_protocol(send_seconds)))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started and thread.is_alive():

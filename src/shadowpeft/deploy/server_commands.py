@@ -224,7 +224,7 @@ def _run(
 ) -> None:
     app = create_app(service, api_key=api_key, max_bytes=max_bytes)
     console.print(f"serving {', '.join(service.model_names())} at http://{host}:{port}", soft_wrap=True)
-    waited = run_app(app, host=host, port=port, grace_seconds=int(seconds) + _GRACE)
+    waited = run_app(app, host=host, port=port, grace_seconds=int(seconds) + _GRACE, send_seconds=seconds)
     console.print("stopped; every request was answered" if waited else "stopped; requests under way were cut off")
 
 

@@ -4,14 +4,18 @@ import asyncio
 import json
 import socket
 import threading
+from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import openai
 import pytest
 import torch
+import uvicorn
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoModelForCausalLM, BloomConfig
 from typer.testing import CliRunner
+from uvicorn.server import ServerState
 
 from deploy.running import free_port, held_steps, running, wait_until
 from deploy.tiny import byte_tokenizer, shadow_model
@@ -23,6 +27,7 @@ from shadowpeft.deploy.serve.loading import load_edge, load_served
 from shadowpeft.deploy.serve.prompts import chat_ids
 from shadowpeft.deploy.serve.protocol import ChatRequest, CompletionRequest, Message, parse
 from shadowpeft.deploy.serve.replies import Replies
+from shadowpeft.deploy.serve.run import http_protocol
 from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.sequence import Piece
 from shadowpeft.deploy.serve.service import LocalService, Settings
@@ -350,6 +355,58 @@ def test_a_client_that_leaves_frees_its_place(service, address, stream, name, mo
         wait_until(left.is_set)
     wait_until(lambda: value("cancelled_total") > before)
     assert value("cancelled_total") == before + 1 and value("batch_rows_count") == rows + 1
+
+
+class Endless:
+    """An answer that is longer than any buffer between the server and its client."""
+
+    num_choices, num_prompt_tokens, model = 1, 1, "robot"
+
+    def __init__(self):
+        self.info, self.cancelled = {}, threading.Event()
+
+    async def events(self):
+        while True:
+            await asyncio.sleep(0)
+            yield 0, Piece(text="a" * 100_000)
+
+    def cancel(self):
+        self.cancelled.set()
+
+
+def test_a_client_that_stops_reading_is_cut_off_and_frees_its_place(monkeypatch):
+    service, answer = local_service(), Endless()
+
+    async def ask(request):
+        return answer
+
+    monkeypatch.setattr(service, "ask", ask)
+    with running(create_app(service), send_seconds=0.5) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = b'{"model": "robot", "prompt": "x", "stream": true}'
+        with socket.create_connection((host, int(port)), timeout=120) as stalled:
+            stalled.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+            assert stalled.recv(100).startswith(b"HTTP/1.1 200")
+            assert answer.cancelled.wait(120)
+            wait_until(lambda: service.metrics.value("request_seconds_count") == 1)
+
+
+def test_a_client_that_reads_on_in_time_is_not_cut_off(service):
+    async def run():
+        transport = Mock(**{"get_extra_info.return_value": None})
+        config = uvicorn.Config(create_app(service), log_level="error")
+        settings = {"server_state": ServerState(), "app_state": {}, "_loop": asyncio.get_running_loop()}
+        protocol: Any = http_protocol(0.01)(config=config, **settings)
+        protocol.connection_made(transport)
+        protocol.pause_writing()
+        protocol.resume_writing()
+        await asyncio.sleep(0.1)
+        assert not transport.abort.called
+        protocol.pause_writing()
+        while not transport.abort.called:
+            await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(run(), 120))
 
 
 def test_too_many_requests_are_refused_with_a_time_to_come_back(monkeypatch):

@@ -1,23 +1,27 @@
 """Running an application until it is told to stop."""
 
+import asyncio
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from shadowpeft.errors import ConfigError
 
 
-def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int) -> bool:
+def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int, send_seconds: float) -> bool:
     """Serves until SIGTERM or Ctrl-C; then takes no new connection, finishes running requests and returns.
 
     To be called in the main thread, the only one that signals reach.
 
     Args:
         grace_seconds: requests that still run after so long are cut off.
+        send_seconds: a client that does not take what it is sent within so long is cut off.
 
     Returns:
         Whether every running request was answered; none is waited for after a second Ctrl-C, nor past the grace.
@@ -27,12 +31,52 @@ def run_app(app: FastAPI, *, host: str, port: int, grace_seconds: int) -> bool:
     """
     check_free(host, port)
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_keep_alive=30, timeout_graceful_shutdown=grace_seconds
+        app,
+        host=host,
+        port=port,
+        http=http_protocol(send_seconds),
+        log_level="warning",
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=grace_seconds,
     )
     server = uvicorn.Server(config)
     with _signals_end_only(server):
         server.run()
     return not server.force_exit and not app.state.num_cut
+
+
+def http_protocol(send_seconds: float) -> type[asyncio.Protocol]:
+    """uvicorn's HTTP, which by itself waits for ever for a client that has stopped reading.
+
+    To the routes, a client that is cut off is one that left.
+    """
+    uvicorns: Any = AutoHTTPProtocol
+
+    class CutsOff(uvicorns):
+        _patience: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            # Paused as long as anything waits for the client, and not only once much does.
+            transport.set_write_buffer_limits(high=0)
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._patience = self.loop.call_later(send_seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            self._stop_waiting()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._stop_waiting()
+
+        def _stop_waiting(self) -> None:
+            if self._patience is not None:
+                self._patience.cancel()
+
+    return CutsOff
 
 
 @contextmanager
