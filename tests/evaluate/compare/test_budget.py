@@ -80,6 +80,19 @@ def test_a_budget_in_parameters_leaves_room_for_the_heads_of_the_reference():
     assert target_of(10_000, SHADOW, tiny_base(), 0.02) == 10_000
 
 
+@pytest.mark.parametrize("preset", ["paper", "recommended"])
+def test_a_shadow_of_the_bases_own_blocks_meets_a_budget_by_its_rank(preset):
+    """It has no MLP width to choose, and frozen nothing but the steps is trained."""
+    base = tiny_base(dtype=torch.float32)
+    fields = {"preset": preset, "shadow_model": "base:first:1", "freeze_backbone": True}
+    method = MethodSpec(kind="shadow", shadow=fields)
+    sized = solve(method, meta_base(base.config, None), 9_000, 0.02)
+    assert set(sized.shadow) == ({"r", "update_hidden_size"} if preset == "paper" else {"r"})
+    model = put_on(base, method, sized, overrides={})
+    found = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert found == sized.trainable == pytest.approx(9_000, rel=0.02)
+
+
 def test_alpha_over_r_is_the_same_in_every_module():
     base = tiny_base(dtype=torch.float32)
     method = MethodSpec(kind="lora", scale=2.0)

@@ -169,10 +169,11 @@ def count_shadow(config: ShadowConfig, base: PreTrainedModel, shape: Mapping[str
     """Trained parameters of a network on ``base``; a pretrained shadow is counted by its config (``shape``) alone."""
     with torch.device("meta"):
         if config.is_implicit or config.shadow_model.startswith("base:"):
-            return build_network(base, config).num_parameters(only_trainable=True)
-        shadow = base_config(config.shadow_model, shape)
-        backbone = empty_backbone(base, shadow, keep_embeddings=not config.shares_embeddings)
-        network = assemble_network(base, config, backbone)
+            network = build_network(base, config)
+        else:
+            shadow = base_config(config.shadow_model, shape)
+            backbone = empty_backbone(base, shadow, keep_embeddings=not config.shares_embeddings)
+            network = assemble_network(base, config, backbone)
     set_trainable(network, True)
     return network.num_parameters(only_trainable=True)
 
@@ -180,7 +181,11 @@ def count_shadow(config: ShadowConfig, base: PreTrainedModel, shape: Mapping[str
 def _shadow(method: MethodSpec, base: PreTrainedModel, target: int | None) -> Sized:
     """r, h_g and the MLP width by one common factor; the width, the finest of the three, takes up the rest.
 
-    The count is linear in each of them, so four counts say all.
+    The count is linear in each of them, so four counts say all. A shadow that is given (blocks of the base, a model of its
+    own) has no width to choose: there the rank is all.
+
+    Raises:
+        ConfigError: no size changes what is trained.
     """
     config = shadow_config(method, is_classifier=hasattr(base, "score"))
     if target is None:
@@ -192,11 +197,13 @@ def _shadow(method: MethodSpec, base: PreTrainedModel, target: int | None) -> Si
     config = config.replace(**given)
     count = count_shadow(config, base)
     slopes = {name: count_shadow(config.replace(**{name: given[name] + 1}), base) - count for name in SIZES}
-    fixed = count - sum(slopes[name] * given[name] for name in SIZES)
+    scaled = [name for name in SIZES if config.is_implicit or slopes[name]]
+    if not any(slopes.values()):
+        raise ConfigError("no size of this shadow changes what is trained; give the method budget: own")
+    fixed = count - sum(slopes[name] * given[name] for name in scaled)
     factor = (target - fixed) / (count - fixed)
-    sizes = {name: max(SMALLEST[name], round(factor * given[name])) for name in SIZES}
-    sizes["shadow_intermediate_size"] += round(
-        (target - fixed - sum(slopes[name] * sizes[name] for name in SIZES)) / slopes["shadow_intermediate_size"]
-    )
+    sizes = {name: max(SMALLEST[name], round(factor * given[name])) for name in scaled}
+    finest = min((name for name in scaled if slopes[name]), key=lambda name: (name != "shadow_intermediate_size", slopes[name]))
+    sizes[finest] += round((target - fixed - sum(slopes[name] * sizes[name] for name in scaled)) / slopes[finest])
     sizes = {name: max(SMALLEST[name], size) for name, size in sizes.items()}
     return Sized(trainable=count_shadow(config.replace(**sizes), base), target=target, shadow=sizes)
