@@ -26,7 +26,7 @@ def byte_tokenizer(**options: Any) -> PreTrainedTokenizerFast:
 
 
 def write_base(folder: Path, **overrides: Any) -> None:
-    base = tiny_base(dtype=torch.float32, vocab_size=259, num_hidden_layers=3, **overrides)
+    base = tiny_base(**{"dtype": torch.float32, "vocab_size": 259, "num_hidden_layers": 3} | overrides)
     base.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
 

@@ -64,6 +64,12 @@ def with_flags(command: Callable[..., None], chosen: set[str] | None = None) -> 
     return command
 
 
+def run_file(folder: str) -> Path | None:
+    """The settings of the run in a folder: what is not said anew when it goes on is as it was."""
+    found = Path(folder) / RUN_FILE
+    return found if found.is_file() else None
+
+
 def config_from(flags: dict[str, Any], file: Path | None = None, preset: str | None = None) -> TrainConfig:
     """The file's values, overridden by the flags that were given."""
     given = {name: value for name, value in flags.items() if value is not None}
@@ -79,9 +85,10 @@ def train(
     **flags: Any,
 ) -> None:
     """Train a shadow, score base / attached / detached, save the adapter."""
-    if flags.get("resume") and config is None and flags.get("output"):
-        begun = Path(flags["output"]) / RUN_FILE
-        config = begun if begun.is_file() else None  # what is not said anew is as it was
+    if flags.get("resume"):
+        config = config or run_file(flags.get("output") or TrainConfig.output)
+        if preset in PRESETS:  # field by field: a run's file has them all, and they would win over the preset's name
+            flags, preset = {**flags, **{k: v for k, v in PRESETS[preset].items() if flags.get(k) is None}}, None
     commands.train(config_from(flags, config, preset), console)
 
 
@@ -203,9 +210,9 @@ def demo(**flags: Any) -> None:
 
 @app.command()
 def pretrain(
-    base: Annotated[str, typer.Option(help="the large model: folder, hub name or 'embedded'")],
-    data: Annotated[str, typer.Option(help="text: a file or folder (.txt, .jsonl, .gz), or hub:NAME[:CONFIG]")],
-    shadow: Annotated[str, typer.Option(help="the small model: folder, hub name, 'implicit' or 'base:first:2'")],
+    base: Annotated[str | None, typer.Option(help="the large model: folder or hub name [embedded]")] = None,
+    data: Annotated[str | None, typer.Option(help="text: a file or folder (.txt, .jsonl, .gz), or hub:NAME[:CONFIG]")] = None,
+    shadow: Annotated[str | None, typer.Option(help="the small model: folder, hub name, implicit [base:first:2]")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings of PretrainConfig")] = None,
     objective: Annotated[str | None, typer.Option(help="projection, causal_lm or distill")] = None,
     output: Annotated[str | None, typer.Option(help="run folder")] = None,
@@ -220,6 +227,7 @@ def pretrain(
 ) -> None:
     """Pretrain a small model as the shadow of a large one."""
     given = {name: value for name, value in locals().items() if name != "config" and value is not None}
+    config = config or (run_file(output or PretrainConfig.output) if resume else None)
     pretraining.run(PretrainConfig.from_dict({**(read_yaml(config) if config else {}), **given}), console)
 
 

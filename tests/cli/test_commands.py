@@ -190,6 +190,8 @@ def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_ends_as_an_uninterr
     assert stopped in (3, 4)
     code, out, err = shadowpeft("train", "--output", tmp_path / "run", "--resume", "--learning-rate", 0.5)
     assert code == 2 and "learning_rate" in err and "not 0.5" in err
+    code, out, err = shadowpeft("train", "--output", tmp_path / "run", "--resume", "--preset", "recommended")
+    assert code == 2 and "was started with" in err
     code, out, err = shadowpeft("train", "--output", tmp_path / "run", "--resume")  # with its own config.yaml
     assert code == 0, err
     whole, resumed = (load_file(f / "adapter" / "shadow_model.safetensors") for f in (run_folder, tmp_path / "run"))

@@ -68,6 +68,7 @@ def test_pretrain_without_steps_writes_a_shadow_that_attaches(adapter):
     place, _ = adapter
     place_of = ("--base", place / "base", "--output", place / "run")
     run("pretrain", *place_of, "--data", "", "--shadow", "base:first:1", "--steps", 0)
+    run("pretrain", *place_of[2:], "--resume")  # what is not said anew is as it was
     shadow = str(place / "run/shadow")
     assert get_shadow_model(tiny_base(), tiny_config(shadow_model=shadow)).network().num_parameters() > 0
 

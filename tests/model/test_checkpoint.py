@@ -314,6 +314,12 @@ def test_an_upload_while_saving_is_as_private_and_goes_where_it_was_told(saved, 
     assert len(uploads) == 3
 
 
+def test_an_argument_that_saving_does_not_have_is_refused_before_anything_is_written(saved, tmp_path):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'adapter'"):
+        saved[1].save_pretrained(tmp_path / "new", adapter="second")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module.", "module._orig_mod."])
 def test_the_state_dict_of_a_wrapped_model_saves_the_adapter(saved, tmp_path, prefix):
     folder, model = saved

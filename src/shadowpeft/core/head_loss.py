@@ -235,8 +235,7 @@ class _Head:
         """(sum over the labelled rows, its gradient with respect to raw logits; the latter is overwritten)."""
         smoothing, probabilities = self.spec.label_smoothing, self.probabilities[: len(labels)]
         labelled = labels != IGNORE
-        # Outside torch.compile, where every row has a label, one below 0 is torch's error and not taken for token 0.
-        index = (labels.clamp(min=0) if torch.compiler.is_compiling() else labels).unsqueeze(1)
+        index = labels.masked_fill(~labelled, 0).unsqueeze(1)  # any other label below 0 is torch's error
         chosen = logits.gather(1, index)
         torch.softmax(logits, -1, out=probabilities)
         # log-sum-exp from the largest entry, whose probability is at least 1 / V: no second exponential.

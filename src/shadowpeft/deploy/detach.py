@@ -89,5 +89,6 @@ def _probe(detached: PreTrainedModel) -> torch.Tensor:
 def _stored_as(detached: PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
     if dtype is None or detached.dtype == dtype:
         return detached
-    # Not in place: the token table and the head may be the base's own tensors.
-    return cast(copy.deepcopy(detached), dtype)
+    # A table or head that is offloaded is the base's own module, which stays as it is.
+    is_offloaded = any(parameter.is_meta for parameter in detached.parameters())
+    return cast(copy.deepcopy(detached) if is_offloaded else detached, dtype)

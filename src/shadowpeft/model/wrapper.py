@@ -27,6 +27,7 @@ _WRITING_OPTIONS = (
     "max_shard_size", "variant", "safe_serialization", "save_function", "save_peft_format", "save_original_format",
     "distributed_checkpoint",
 )  # fmt: skip
+_UPLOAD_OPTIONS = ("token", "commit_message", "private", "revision", "create_pr")
 # What torch.compile and data-parallel wrappers put in front of the names of a model's tensors.
 _WRAPPERS = ("_orig_mod.", "module.")
 
@@ -69,7 +70,11 @@ class ShadowModel(AdaptedModel):
 
         Raises:
             CheckpointError: ``state_dict`` holds another set of tensors than the adapter; nothing is written then.
+            TypeError: an argument that neither this method nor transformers' has; nothing is written then.
         """
+        unknown = sorted(kwargs.keys() - {*_WRITING_OPTIONS, *_UPLOAD_OPTIONS})
+        if unknown:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {unknown[0]!r}")
         if not is_main_process:
             return
         name = self.active_adapter if adapter_name is None else adapter_name
@@ -83,8 +88,7 @@ class ShadowModel(AdaptedModel):
             base_description=base_description,
         )
         if push_to_hub:
-            options = _without(kwargs, _WRITING_OPTIONS)
-            checkpoint.upload(folder, repo_id or folder.name, **options)
+            checkpoint.upload(folder, repo_id or folder.name, **_without(kwargs, _WRITING_OPTIONS))
 
     def save_sharded(self, save_directory: str | Path, *, is_main_process: bool, **kwargs: Any) -> None:
         """As :meth:`save_pretrained`, called by every process that holds a part of the weights; the main one writes.

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations  # type: ignore[attr-defined]
 
@@ -74,6 +75,17 @@ def refuse_float16_unasked(config: TrainConfig | PretrainConfig, base: PreTraine
             f"the base {config.base!r} is stored in float16, which trains with a loss scaler on a GPU alone: say which dtype, "
             "float16 there, else float32 or bfloat16"
         )
+
+
+def refuse_float16_weights(model: nn.Module) -> None:
+    """What :func:`_check_float16` says of an adapter, of any model that is ready to be trained.
+
+    Raises:
+        ConfigError: a trained weight is float16.
+    """
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.dtype == torch.float16:
+            raise ConfigError(f"{name} would be trained in float16, and no scaler takes that; use adapter_dtype='float32'")
 
 
 def trackers(names: str) -> list[str]:

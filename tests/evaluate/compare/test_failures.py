@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 import comparisons
@@ -97,7 +98,8 @@ def test_a_result_on_other_rows_than_the_rest_is_kept_apart_and_said(finished, t
     gathered = gather(read_recipe(finished[0]), output)
     ((cell, failed),) = gathered.failed
     assert cell.id == changed.stem
-    assert f"{what} rows of commands are not those of the other cells; delete {changed.name}" in failed["error"][-1]
+    assert failed["error"][-1].startswith(f"{what} rows of commands")
+    assert f"are not those of the other cells; delete {changed.name}" in failed["error"][-1]
     assert all(sorted(seeds) == [0] for key, seeds in gathered.scores.items() if key.method == "lora")
     write_report(read_recipe(finished[0]), output)
     lora, shadow = (
@@ -105,6 +107,37 @@ def test_a_result_on_other_rows_than_the_rest_is_kept_apart_and_said(finished, t
         for name in ("lora", "shadow")
     )
     assert "(seeds: 1)" in lora and "seeds:" not in shadow  # it has the two that are planned
+
+
+def test_a_base_with_fewer_rows_of_its_own_is_no_other_data(root, tmp_path):
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["commands"], "methods": ["none", "lora"]})
+    values["bases"]["short"] = {**values["bases"]["tiny"], "train": {"limit_eval": 5, "limit_train": 20}}
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    compare(recipe, Console(quiet=True), output=tmp_path / "out", data_root=root)
+    gathered = gather(read_recipe(recipe), tmp_path / "out")
+    assert not gathered.failed and not gathered.missing
+    assert {(key.base, next(iter(scores.values()))["n"]) for key, scores in gathered.scores.items()} == {
+        ("tiny", 12), ("short", 5)
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("train", "shadow", "message"),
+    [
+        ({"dtype": "auto"}, {}, "is stored in float16"),
+        ({"dtype": "float16"}, {"adapter_dtype": "base"}, "would be trained in float16"),
+    ],
+)
+def test_float16_is_not_trained_without_a_scaler_here_either(root, tmp_path, train, shadow, message):
+    comparisons.write_base(tmp_path / "root" / "base", dtype=torch.float16)
+    (tmp_path / "root" / "commands").symlink_to(root / "commands")
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["commands"], "methods": ["shadow"]})
+    values["train"] |= train
+    values["methods"]["shadow"]["shadow"] |= shadow
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    store = Store(recipe=recipe, output=tmp_path, data_root=tmp_path / "root")
+    with pytest.raises(ConfigError, match=message):
+        run_cell(search_cell(store, "shadow"), store)
 
 
 def test_a_final_run_takes_no_setting_from_a_search_of_other_settings(finished, root):

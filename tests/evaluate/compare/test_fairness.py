@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import comparisons
+from shadowpeft.evaluate.compare import plan
 from shadowpeft.evaluate.compare.plan import plan_cells
 from shadowpeft.evaluate.compare.recipe import read_recipe
 from shadowpeft.evaluate.compare.runner import devices_of
@@ -91,6 +92,23 @@ def test_each_worker_sees_one_accelerator(monkeypatch, visible, count, expected)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert devices_of(3) == expected
+
+
+@pytest.mark.parametrize(
+    ("train", "methods"),
+    [
+        ({"dtype": "float32"}, set()),
+        ({"dtype": "bfloat16"}, {"probe", "lora", "dora", "full"}),
+        ({"dtype": "float32", "gradient_accumulation": 2}, {"probe", "lora", "dora", "full"}),
+    ],
+)
+def test_results_of_another_training_than_todays_are_out_of_date_and_no_others(tmp_path, monkeypatch, train, methods):
+    store = store_of(tmp_path, tmp_path, **train)
+    cells = [cell for cell in plan_cells(store.recipe) if cell.task == "classes"]
+    today = {cell.id: plan.fingerprint(store.recipe, cell) for cell in cells}
+    monkeypatch.setattr(plan, "_trains_otherwise_than_before", lambda *args: False)
+    changed = {cell.method for cell in cells if plan.fingerprint(store.recipe, cell) != today[cell.id]}
+    assert changed == methods
 
 
 def test_a_base_is_scored_once_whatever_seeds_a_section_has_and_whatever_it_is_called(tmp_path):

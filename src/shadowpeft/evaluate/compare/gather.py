@@ -71,11 +71,17 @@ def gather(recipe: Recipe, output: Path) -> Gathered:
 
 
 def _revisions(recipe: Recipe, cell: Cell, result: Entry) -> dict[str, str]:
-    """What a result was made of -> hash of these rows."""
-    found = {f"test rows of {name}": score["revision"] for name, score in result.get("scores", {}).items()}
+    """What a result was made of -> hash of these rows; where a base or method has fewer of them, they are others."""
+
+    def named(what: str, limit: int | None) -> str:
+        return what if limit is None else f"{what} (at most {limit})"
+
+    found = {
+        named(f"test rows of {name}", recipe.train_config(cell.base, name, cell.method).limit_eval): score["revision"]
+        for name, score in result.get("scores", {}).items()
+    }
     if result.get("train"):
-        limit = recipe.train_config(cell.base, cell.task, cell.method).limit_train
-        found[f"training rows of {cell.task}" + ("" if limit is None else f" (at most {limit})")] = result["train"]["revision"]
+        found[named(f"training rows of {cell.task}", result["config"]["limit_train"])] = result["train"]["revision"]
     return found
 
 
@@ -135,7 +141,7 @@ def paired(gathered: Gathered, first: Key, second: Key) -> tuple[Sample, Sample]
     """
     left, right = dict(gathered.scores.get(first, {})), dict(gathered.scores.get(second, {}))
     for one, other in ((left, right), (right, left)):
-        if len(one) == 1 and len(other) > 1 and _is_untrained(gathered.recipe, first if one is left else second):
+        if one and other and _is_untrained(gathered.recipe, first if one is left else second):
             one |= dict.fromkeys(other, next(iter(one.values())))
     seeds = sorted(
         seed for seed in set(left) & set(right)

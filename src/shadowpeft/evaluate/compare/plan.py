@@ -291,6 +291,8 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
         "search": dataclasses.asdict(recipe.search),
         "latency": recipe.sections.get("latency") if cell.section == "latency" else None,
     }
+    if any(_trains_otherwise_than_before(recipe, cell, name) for name in methods):
+        parts["training"] = 2
     trials = {name: recipe.tasks[cell.task].trials[name] for name in methods if name in recipe.tasks[cell.task].trials}
     if trials:
         parts["trials"] = trials
@@ -303,6 +305,17 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
     if base.parameters is None and not presets:  # the budget is the reference's size
         parts["presets"] = {recipe.reference: _preset(recipe.methods[recipe.reference], base)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _trains_otherwise_than_before(recipe: Recipe, cell: Cell, method: str) -> bool:
+    """Whether results of the first version are of another training: trained weights were as narrow as the base, and the
+    gradients of transformers' classifiers grew with the batches that were accumulated. A shadow's were right.
+    """
+    if _is_untrained(recipe, method) or recipe.methods[method].kind.startswith("shadow"):
+        return False
+    config = recipe.train_config(cell.base, cell.task, method)
+    is_class = TASKS[recipe.tasks[cell.task].task].kind == "classification"
+    return config.dtype != "float32" or (is_class and config.gradient_accumulation > 1)
 
 
 def _without_trials(task: TaskSpec) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from shadowpeft.evaluate.compare.plan import Cell
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.train.arguments import refuse_float16_unasked, refuse_float16_weights
 from shadowpeft.train.config import TrainConfig, split_settings
 from shadowpeft.train.data import encode_classification, encode_generation
 
@@ -44,10 +45,12 @@ def train_method(cell: Cell, store: Store, setting: Payload, *, seed: int, share
     tokenizer = load_tokenizer(path)
     set_seed(seed)
     base = load_model(path, labels=labels, dtype=config.dtype)
+    refuse_float16_unasked(config, base)
     base.config.pad_token_id = tokenizer.pad_token_id
     overrides = shadow_changes | dict(cell.overrides)
     model = put_on(base, store.method(cell.method, cell.base), sized, overrides=overrides)
     is_changed = bool(cell.overrides) or recipe.methods[cell.method].kind == "shadow-pretrained"
+    refuse_float16_weights(model)
     trainable = check_size(model, sized, is_changed=is_changed)
     if torch.cuda.is_available():
         model.to("cuda")
