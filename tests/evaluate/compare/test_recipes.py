@@ -115,7 +115,7 @@ def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp
     assert len({cell.parameters for cell in scaling_cells(recipe)}) >= 5
 
 
-@pytest.mark.parametrize("name", ["compare_small", "compare_long"])
+@pytest.mark.parametrize("name", ["compare_small", "compare_long", "other_base_search"])
 def test_every_result_in_the_repository_is_what_the_recipe_would_make_today(name):
     """A new field of ShadowConfig, another preset or another setting makes results out of date: run these again, take
     them out, or (a field at which nothing changes) name it in ``ADDED``."""
