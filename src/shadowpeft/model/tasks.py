@@ -252,8 +252,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
     ) -> ShadowClassifierOutput | tuple:
         """One pass; logits [B, C] are read at the last token that is not padding, on either side.
 
-        Args: as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` [B] or [B, C], read as the base's
-            ``config.problem_type`` says.
+        Arguments as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` are [B] or [B, C], read as the base's
+        ``config.problem_type`` says.
         """
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
