@@ -44,15 +44,6 @@ EVERYTHING = {
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    """A data root with a base and data."""
-    folder = tmp_path_factory.mktemp("root")
-    comparisons.write_base(folder / "base")
-    comparisons.write_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def everything(root, tmp_path_factory) -> tuple[Path, Path]:
     """(recipe, output) of a comparison with every section, run in this process."""
     folder = tmp_path_factory.mktemp("everything")

@@ -27,14 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. i
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("root")
-    comparisons.write_base(folder / "base")
-    comparisons.write_data(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def finished(root, tmp_path_factory) -> tuple[Path, Path]:
     """(recipe, output) of LoRA and a shadow on one task, two seeds."""
     folder = tmp_path_factory.mktemp("finished")

@@ -20,14 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. i
 TRAINED = ("probe", "lora", "dora", "shadow", "full")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("root")
-    comparisons.write_base(folder / "base")
-    comparisons.write_data(folder)
-    return folder
-
-
 def store_of(root: Path, folder: Path, **train) -> Store:
     values = comparisons.small_recipe(seeds=[0])
     values["train"] |= train

@@ -55,11 +55,11 @@ def gather(recipe: Recipe, output: Path) -> Gathered:
         elif result["status"] == "failed":
             gathered.failed.append((cell, result))
         else:
-            done.append((cell, result))
-    usual = _usual_revisions(recipe, done)
+            done.append((cell, result, _revisions(recipe, cell, result)))
+    usual = _usual_revisions(revisions for _, _, revisions in done)
     scaling = scaling_cells(recipe)
-    for cell, result in done:
-        others = [what for what, revision in _revisions(recipe, cell, result).items() if revision != usual[what]]
+    for cell, result, revisions in done:
+        others = [what for what, revision in revisions.items() if revision != usual[what]]
         if others:
             error = f"{' and '.join(others)} are not those of the other cells; delete {cell.id}.json and run it on their data"
             gathered.failed.append((cell, {**result, "error": [error]}))
@@ -85,10 +85,10 @@ def _revisions(recipe: Recipe, cell: Cell, result: Entry) -> dict[str, str]:
     return found
 
 
-def _usual_revisions(recipe: Recipe, done: list[tuple[Cell, Entry]]) -> dict[str, str]:
+def _usual_revisions(of_results: Iterable[dict[str, str]]) -> dict[str, str]:
     counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for cell, result in done:
-        for what, revision in _revisions(recipe, cell, result).items():
+    for revisions in of_results:
+        for what, revision in revisions.items():
             counts[what][revision] += 1
     return {what: count.most_common(1)[0][0] for what, count in counts.items()}
 
@@ -141,7 +141,7 @@ def paired(gathered: Gathered, first: Key, second: Key) -> tuple[Sample, Sample]
     """
     left, right = dict(gathered.scores.get(first, {})), dict(gathered.scores.get(second, {}))
     for one, other in ((left, right), (right, left)):
-        if one and other and _is_untrained(gathered.recipe, first if one is left else second):
+        if one and other and gathered.recipe.is_untrained((first if one is left else second).method):
             one |= dict.fromkeys(other, next(iter(one.values())))
     seeds = sorted(
         seed for seed in set(left) & set(right)
@@ -151,7 +151,3 @@ def paired(gathered: Gathered, first: Key, second: Key) -> tuple[Sample, Sample]
         return None
     recipe = gathered.recipe
     return sample_of(recipe, left, first.scored, seeds), sample_of(recipe, right, second.scored, seeds)
-
-
-def _is_untrained(recipe: Recipe, key: Key) -> bool:
-    return key.method in recipe.methods and recipe.methods[key.method].kind == "none"

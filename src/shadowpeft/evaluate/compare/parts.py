@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from shadowpeft.evaluate.compare.gather import DETACHED, Gathered
+from shadowpeft.evaluate.compare.gather import Gathered
 from shadowpeft.evaluate.compare.recipe import Recipe
 from shadowpeft.evaluate.compare.statistics import Estimate
 from shadowpeft.evaluate.compare.tables import heading_of
@@ -66,7 +66,7 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
         for name in (*scored, *means):
             cell = found.get((method, name))
             texts.append(form(cell[field]) if cell else "")
-            if cell and name in scored and not _is_untrained(recipe, cell) and len(cell["seeds"]) != usual:
+            if cell and name in scored and not recipe.is_untrained(cell["method"]) and len(cell["seeds"]) != usual:
                 texts[-1] += f" (seeds: {len(cell['seeds'])})"
             if cell and name in means and cell["num_tasks"] < largest[name]:
                 texts[-1] += f" ({cell['num_tasks']} tasks)"
@@ -84,15 +84,10 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
     ]
 
 
-def _is_untrained(recipe: Recipe, entry: Entry) -> bool:
-    name = entry["method"].removesuffix(DETACHED)
-    return recipe.methods[name].kind == "none"
-
-
 def _transfer_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | None:
     entries = sorted(tables["transfer"], key=lambda e: (e["base"], e["scored"], e["task"], e["method"]))
     # The untouched base is the same whatever it was "trained" on.
-    shown = {(e["base"], e["scored"], "" if _is_untrained(recipe, e) else e["task"], e["method"]): e for e in entries}
+    shown = {(e["base"], e["scored"], "" if recipe.is_untrained(e["method"]) else e["task"], e["method"]): e for e in entries}
     rows = [
         [entry["base"], entry["method"], task or "nothing", entry["scored"], f"{len(entry['seeds'])}", _score(entry["score"]),
          _number(entry["answer_loss"], ".3f"), _gap(entry["difference"]) if task else ""]

@@ -117,7 +117,7 @@ def _main(recipe: Recipe) -> list[Cell]:
                     own = recipe.tasks[task].score_on or (task,)
                     for method in _entries(settings, "methods", recipe.methods):
                         key = (base, task, method, seed)
-                        if not _applies(recipe, task, method) or (_is_untrained(recipe, method) and seed != seeds[0]):
+                        if not _applies(recipe, task, method) or (recipe.is_untrained(method) and seed != seeds[0]):
                             continue
                         before = chosen.get(key)
                         scored = (*(before.score_on if before else ()), *own, *(tasks if section == "transfer" else ()))
@@ -240,10 +240,6 @@ def _entries(settings: dict[str, Any], key: str, default: Iterable[str]) -> list
     return list(settings.get(key, default))
 
 
-def _is_untrained(recipe: Recipe, method: str) -> bool:
-    return recipe.methods[method].kind == "none"
-
-
 def _applies(recipe: Recipe, task: str, method: str) -> bool:
     """A linear probe needs labels; everything else fits every task."""
     return recipe.methods[method].kind != "probe" or TASKS[recipe.tasks[task].task].kind == "classification"
@@ -255,7 +251,7 @@ def _search_ids(recipe: Recipe, base: str, task: str, methods: Iterable[str], va
     return tuple(
         Cell(section="search", base=base, task=task, method=method, variant=variant).id
         for method in methods
-        if not _is_untrained(recipe, method)
+        if not recipe.is_untrained(method)
     )
 
 
@@ -311,7 +307,7 @@ def _trains_otherwise_than_before(recipe: Recipe, cell: Cell, method: str) -> bo
     """Whether results of the first version are of another training: trained weights were as narrow as the base, and the
     gradients of transformers' classifiers grew with the batches that were accumulated. A shadow's were right.
     """
-    if _is_untrained(recipe, method) or recipe.methods[method].kind.startswith("shadow"):
+    if recipe.is_untrained(method) or recipe.methods[method].kind.startswith("shadow"):
         return False
     config = recipe.train_config(cell.base, cell.task, method)
     is_class = TASKS[recipe.tasks[cell.task].task].kind == "classification"

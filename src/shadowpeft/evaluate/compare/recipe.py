@@ -126,6 +126,10 @@ class Recipe:
     search: SearchSpec = SearchSpec()
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def is_untrained(self, method: str) -> bool:
+        """Whether a method is the untouched base; the name of a detached shadow is no entry, and so is none."""
+        return method in self.methods and self.methods[method].kind == "none"
+
     def train_config(self, base: str, task: str, method: str, **changes: Any) -> TrainConfig:
         """Settings of one run: the recipe's, then the task's, the base's, the method's, then ``changes``."""
         parts = (self.train, self.tasks[task].train, self.bases[base].train, self.methods[method].train, changes)
