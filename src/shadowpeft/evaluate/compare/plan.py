@@ -321,7 +321,7 @@ def _without_trials(task: TaskSpec) -> dict[str, Any]:
 
 def _preset(spec: MethodSpec, base: BaseSpec) -> dict[str, Any]:
     """What a method's preset on a base stands for."""
-    return _as_before(ShadowConfig.preset(base.shadow.get("preset", spec.shadow.get("preset", "paper"))))
+    return _as_before(ShadowConfig.preset({**base.shadow, **spec.shadow}.get("preset", "paper")))
 
 
 def _as_before(config: ShadowConfig) -> dict[str, Any]:

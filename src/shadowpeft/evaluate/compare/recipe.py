@@ -24,7 +24,7 @@ class BaseSpec:
         config: a transformers config as a mapping; ``--plan`` then needs neither files nor network.
         parameters: the budget without classification heads; None: the size of the reference method.
         train: fields of ``TrainConfig`` for this base.
-        shadow: fields of ``ShadowConfig`` for shadows on this base, such as its number of heads.
+        shadow: fields of ``ShadowConfig`` for shadows on this base, such as their number of heads; a method's own win.
         step_seconds: method -> measured seconds of one optimizer step, for ``--plan``.
         measured_on: what measured them.
     """

@@ -35,9 +35,9 @@ class Store:
         return resolve(self.recipe.bases[name].path, self.data_root)
 
     def method(self, name: str, base: str) -> MethodSpec:
-        """A method of the recipe with what a base's shadows differ in, and its pretrained shadow found on disk."""
+        """A method of the recipe with the base's settings where it has none of its own, and its pretrained shadow found on disk."""
         spec = self.recipe.methods[name]
-        shadow = {**spec.shadow, **self.recipe.bases[base].shadow}
+        shadow = {**self.recipe.bases[base].shadow, **spec.shadow}
         if "shadow_model" in shadow:
             shadow["shadow_model"] = resolve(shadow["shadow_model"], self.data_root)
         return dataclasses.replace(spec, shadow=shadow)
