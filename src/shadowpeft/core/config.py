@@ -158,8 +158,8 @@ class ShadowConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
-        """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, or what is ``recommended`` here;
-        see docs/equations.md."""
+        """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that with
+        the weights in the corrections (``attached``); see docs/equations.md."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
@@ -177,18 +177,27 @@ class ShadowConfig:
         return replace(self, **changes)
 
 
+# What this project found to work best; LOG.md has the search, on validation rows.
+_RECOMMENDED: dict[str, Any] = {
+    "shadow_alpha": 4.0,  # docs/compare.md has what led here
+    "shadow_dropout": 0.0,
+    "scale_state": True,
+    "inject_diagonal": True,
+    "inject_activation": "silu",
+    "use_update": False,
+    "auxiliary_loss_weight": 8.0,
+    "shadow_lr_multiplier": 0.3,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    # What this project found to work best; LOG.md has the search, on validation rows.
-    "recommended": {
-        "shadow_alpha": 4.0,  # docs/compare.md has what led here
-        "shadow_dropout": 0.0,
-        "scale_state": True,
-        "inject_diagonal": True,
-        "inject_activation": "silu",
-        "use_update": False,
-        "auxiliary_loss_weight": 8.0,
-        "shadow_lr_multiplier": 0.3,
+    "recommended": _RECOMMENDED,
+    # For a base on which a shadow is a poor model by itself: the weights are in the corrections, and less is asked of the shadow.
+    "attached": {
+        **_RECOMMENDED,
+        "r": 64,
+        "alpha_rank": 8,
+        "shadow_intermediate_size": 64,
+        "auxiliary_loss_weight": 2.0,
     },
     "authors": {"shadow_layer_types": "base"},
     "peft": {

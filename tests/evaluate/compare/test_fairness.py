@@ -9,7 +9,7 @@ import torch
 import comparisons
 from shadowpeft.evaluate.compare import plan
 from shadowpeft.evaluate.compare.plan import plan_cells
-from shadowpeft.evaluate.compare.recipe import read_recipe
+from shadowpeft.evaluate.compare.recipe import BaseSpec, MethodSpec, Recipe, TaskSpec, read_recipe
 from shadowpeft.evaluate.compare.runner import devices_of
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.compare.training import train_method
@@ -111,3 +111,13 @@ def test_a_base_is_scored_once_whatever_seeds_a_section_has_and_whatever_it_is_c
     assert seeds["untouched"] == [1] and seeds["lora"] == [1, 2]
     assert not [cell for cell in plan_cells(recipe) if (cell.section, cell.method) == ("search", "untouched")]
     assert dataclasses.asdict(recipe)["seeds"] == (0, 1)
+
+
+def test_a_methods_own_shadow_settings_win_over_those_of_its_base(tmp_path):
+    bases = {"base": BaseSpec(path="x", shadow={"shadow_num_attention_heads": 4, "preset": "peft"})}
+    own = MethodSpec(kind="shadow", shadow={"shadow_num_attention_heads": 1, "preset": "recommended"})
+    methods = {"lora": MethodSpec(kind="lora"), "shadow": MethodSpec(kind="shadow"), "own": own}
+    recipe = Recipe(name="x", bases=bases, tasks={"trec": TaskSpec(task="trec")}, methods=methods)
+    store = Store(recipe=recipe, output=tmp_path)
+    assert store.method("shadow", "base").shadow == bases["base"].shadow
+    assert store.method("own", "base").shadow == own.shadow
