@@ -48,8 +48,14 @@ def test_what_is_recommended_is_another_formula_but_not_another_shadow():
     }  # fmt: skip
 
 
+def test_attached_is_what_is_recommended_with_the_weights_in_the_corrections():
+    recommended, attached = ShadowConfig.preset("recommended"), ShadowConfig.preset("attached")
+    sizes = {"r": 64, "alpha_rank": 8, "shadow_intermediate_size": 64}
+    assert attached == recommended.replace(auxiliary_loss_weight=2.0, **sizes)
+
+
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="paper, recommended, authors, peft"):
+    with pytest.raises(ConfigError, match="paper, recommended, attached, authors, peft"):
         ShadowConfig.preset("lora")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import BloomConfig, BloomForCausalLM, DynamicCache, TrainingArguments
+from transformers import BloomConfig, BloomForCausalLM, DynamicCache, GenerationConfig, TrainingArguments
 from transformers import Trainer as PlainTrainer
 
 from models import randomise, tiny_base, tiny_config, tokens
@@ -38,6 +38,10 @@ def test_early_exit_is_refused_and_leaves_the_config_as_it_was():
     model, ids = adapted(), tokens(1)
     with pytest.raises(NotImplementedError, match=r"assistant_early_exit .* speculative=4"):
         model.generate(ids, max_new_tokens=2, assistant_early_exit=2)
+    config = GenerationConfig(max_new_tokens=2, assistant_early_exit=2)
+    for args, kwargs in (((ids,), {"generation_config": config}), ((ids, config), {})):
+        with pytest.raises(NotImplementedError, match="assistant_early_exit"):
+            model.generate(*args, **kwargs)
     assert model.config.num_hidden_layers == 4
     assert model.generate(ids, max_new_tokens=2, min_new_tokens=2).shape == (1, 11)
 

@@ -76,9 +76,9 @@ def test_resuming_a_finished_run_trains_no_further_step(bench, tmp_path):
 
 def test_leftovers_of_a_save_do_not_make_a_folder_used_and_nothing_is_resumed_where_nothing_ran(tmp_path):
     (tmp_path / ".saving-abc").mkdir()
-    assert check_run_folder(tmp_path, resume=False) is None
+    assert check_run_folder(tmp_path, TrainConfig()) is None
     with pytest.raises(ConfigError, match="no run was started there"):
-        check_run_folder(tmp_path, resume=True)
+        check_run_folder(tmp_path, TrainConfig(resume=True))
 
 
 def test_a_copied_checkpoint_that_lacks_a_file_is_passed_over(bench, tmp_path):

@@ -158,8 +158,8 @@ class ShadowConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
-        """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that with
-        the weights in the corrections (``attached``); see docs/equations.md."""
+        """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that
+        with its weights in the corrections (``attached``); see docs/equations.md."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**PRESETS[name], **overrides})
@@ -191,7 +191,7 @@ _RECOMMENDED: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "recommended": _RECOMMENDED,
-    # For a base on which a shadow is a poor model by itself: the weights are in the corrections, and less is asked of the shadow.
+    # For a base on which a shadow alone is a poor model: the weights are in the corrections, and less is asked of the shadow.
     "attached": {
         **_RECOMMENDED,
         "r": 64,

@@ -157,7 +157,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         Raises:
             NotImplementedError: LayerSkip, which runs the base on its first blocks alone.
         """
-        config = kwargs.get("generation_config") or self.generation_config
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
         if kwargs.get("assistant_early_exit", config.assistant_early_exit) is not None:
             raise NotImplementedError(
                 "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "

@@ -38,23 +38,26 @@ def _is_json(checkpoint: Path) -> bool:
         return False
 
 
-def check_run_folder(folder: Path, *, resume: bool, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
-    """Whether a run may write here; returns the checkpoint to resume from, if asked for. Changes nothing.
+def check_run_folder(folder: Path, config: RunConfig, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
+    """Whether a run may write here; returns the checkpoint to resume from, if ``config.resume`` is on. Changes nothing.
 
     None with ``resume`` means from the first step: the run was cut off before its first checkpoint.
 
     Raises:
-        ConfigError: the folder holds something and ``resume`` is off, or there is no run to resume.
+        ConfigError: the folder holds something and ``resume`` is off; there is no run to resume; or its settings were others.
     """
     is_used = any(not path.name.startswith(STAGING_PREFIX) for path in contents(folder))
-    if is_used and not resume:
+    if is_used and not config.resume:
         raise ConfigError(f"the output folder {folder} is not empty; choose another, or pass --resume to go on in it")
-    if resume and not (folder / RUN_FILE).is_file():
+    if not config.resume:
+        return None
+    if not (folder / RUN_FILE).is_file():
         raise ConfigError(f"nothing to resume in {folder}: no run was started there; start without --resume")
-    return newest_checkpoint(folder / "checkpoints", weights) if resume else None
+    _check_same_run(folder, config)
+    return newest_checkpoint(folder / "checkpoints", weights)
 
 
-def check_same_run(folder: Path, config: RunConfig) -> None:
+def _check_same_run(folder: Path, config: RunConfig) -> None:
     """Whether ``config`` is that of the run in ``folder``: one that goes on with other rows, rates or seeds is no run.
 
     Raises:

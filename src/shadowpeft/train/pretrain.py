@@ -29,7 +29,7 @@ from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
 from shadowpeft.train.arguments import refuse_float16_unasked, shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import check_run_folder, check_same_run, write_run_file
+from shadowpeft.train.checkpoints import check_run_folder, write_run_file
 from shadowpeft.train.pretrain_config import PretrainConfig
 from shadowpeft.train.projected_shadow import ProjectedShadow
 from shadowpeft.train.saving import SafeTrainer
@@ -62,9 +62,7 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
     if not config.data and config.steps:
         raise ConfigError("pretraining needs text: pass data with a file, a folder or hub:NAME")
     folder = Path(config.output)
-    checkpoint = check_run_folder(folder, resume=config.resume, weights=CHECKPOINT_WEIGHTS)
-    if config.resume:
-        check_same_run(folder, config)
+    checkpoint = check_run_folder(folder, config, CHECKPOINT_WEIGHTS)
     set_seed(config.seed)
     base, network, tokenizer, small = prepare(config)
     record: dict[str, Any] = {"config": _public(config), "base": Path(config.base).name}

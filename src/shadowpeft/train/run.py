@@ -18,7 +18,7 @@ from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.model.build import is_classifier
 from shadowpeft.train.arguments import refuse_float16_unasked, shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
-from shadowpeft.train.checkpoints import check_run_folder, check_same_run, write_run_file
+from shadowpeft.train.checkpoints import check_run_folder, write_run_file
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import (
     AnswerCollator,
@@ -176,9 +176,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     arguments = training_arguments(config, folder)
     is_first = arguments.process_index == 0
     console = console if console is not None and is_first else Console(quiet=True)
-    checkpoint = check_run_folder(folder, resume=config.resume)
-    if config.resume:
-        check_same_run(folder, config)
+    checkpoint = check_run_folder(folder, config)
     prepared = prepare(config)
     # All have looked at the folder before the first one writes to it.
     arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr]

@@ -108,8 +108,9 @@ def test_every_method_tries_the_same_number_of_settings_and_only_the_shadow_an_a
         assert [set(trial) for trial in trials] == [{"learning_rate"}] * 4
     trials = trials_of(MethodSpec(kind="shadow"), 4)
     assert len({trial["learning_rate"] for trial in trials}) == len({trial["shadow_alpha"] for trial in trials}) == 4
-    recommended = trials_of(MethodSpec(kind="shadow", shadow={"preset": "recommended"}), 4)
-    assert [set(trial) for trial in recommended] == [{"learning_rate"}] * 4  # it has an alpha
+    for preset in ("recommended", "attached"):  # they have an alpha
+        trials = trials_of(MethodSpec(kind="shadow", shadow={"preset": preset}), 4)
+        assert [set(trial) for trial in trials] == [{"learning_rate"}] * 4
     assert trials_of(MethodSpec(kind="none"), 4) == [{}]
     given = dataclasses.replace(MethodSpec(kind="lora"), trials=({"learning_rate": 1.0},))
     assert trials_of(given, 1) == [{"learning_rate": 1.0}]

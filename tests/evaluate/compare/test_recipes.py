@@ -14,7 +14,7 @@ from shadowpeft.evaluate.compare.store import Store
 RECIPES = Path(__file__).parents[3] / "recipes"
 RESULTS = RECIPES.parent / "results"
 PAPER = sorted((RECIPES / "paper").glob("*.yaml"))
-# What --plan would read from the bases of recipes/compare_small.yaml.
+# What --plan would read from the bases of the recipes.
 EMBEDDED = {
     "model_type": "llama",
     "hidden_size": 256,
@@ -99,7 +99,7 @@ def test_a_search_for_each_budget_of_scaling_tries_weights_of_that_budget(tmp_pa
     assert {variant for _, _, variant in of_search} == {"", "180000", "600000", "1200000", "2400000"}
 
 
-def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp_path):
+def test_the_small_recipe_solves_every_budget_of_every_section(tmp_path):
     recipe = without_files("compare_small.yaml")
     lines = estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path))
     # Every task of transfer is one of the main table's too, so its cells are there.
@@ -115,7 +115,17 @@ def test_the_small_recipe_solves_every_budget_of_every_section_on_both_bases(tmp
     assert len({cell.parameters for cell in scaling_cells(recipe)}) >= 5
 
 
-@pytest.mark.parametrize("name", ["compare_small", "compare_long", "other_base_search"])
+def test_the_recipe_of_the_other_base_solves_its_budget_and_keeps_a_methods_own_heads(tmp_path):
+    store = Store(recipe=without_files("compare_babyllama.yaml"), output=tmp_path)
+    lines = estimate(plan_cells(store.recipe), store)
+    assert not [line.problem for line in lines if line.problem]
+    sized = [line.sized for line in lines if line.sized is not None and line.sized.target is not None]
+    assert len(sized) > 0 and all(each.trainable == pytest.approx(each.target, rel=0.02) for each in sized)
+    heads = {name: store.method(name, "babyllama").shadow["shadow_num_attention_heads"] for name in ("shadow", "attached")}
+    assert heads == {"shadow": 4, "attached": 1}
+
+
+@pytest.mark.parametrize("name", ["compare_small", "compare_long", "compare_babyllama", "other_base_search", "rank_search"])
 def test_every_result_in_the_repository_is_what_the_recipe_would_make_today(name):
     """A new field of ShadowConfig, another preset or another setting makes results out of date: run these again, take
     them out, or (a field at which nothing changes) name it in ``ADDED``."""

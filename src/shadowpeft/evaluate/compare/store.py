@@ -35,7 +35,7 @@ class Store:
         return resolve(self.recipe.bases[name].path, self.data_root)
 
     def method(self, name: str, base: str) -> MethodSpec:
-        """A method of the recipe with the base's settings where it has none of its own, and its pretrained shadow found on disk."""
+        """A method of the recipe with the base's settings where it has none, and its pretrained shadow found on disk."""
         spec = self.recipe.methods[name]
         shadow = {**self.recipe.bases[base].shadow, **spec.shadow}
         if "shadow_model" in shadow:
