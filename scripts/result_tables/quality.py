@@ -11,7 +11,8 @@ from shadowpeft.train.tasks import TASKS
 TASK_RESULTS = ("home_commands", "trec", "clinc150")
 MODES = ("base", "attached", "detached")
 NAMES = {"none": "untouched base", "lora": "LoRA", "dora": "DoRA", "paper": "shadow, the paper's formula",
-         "shadow": "shadow, `recommended`", "shadow (detached)": "the same, detached"}  # fmt: skip
+         "shadow": "shadow, `recommended`", "shadow (detached)": "the same, detached",
+         "attached": "shadow, `attached`", "attached (detached)": "`attached`, detached"}  # fmt: skip
 
 
 def demo_table() -> str:
@@ -115,7 +116,7 @@ def compare_table(name: str, base: str) -> str:
     cells = {(row["method"], heading_of(row)): row for row in rows}
     found = {row["method"] for row in rows}
     methods = [method for method in NAMES if method in found]
-    others = [method for method in ("paper", "shadow") if method in found]
+    others = [method for method in ("paper", "shadow", "attached") if method in found]
     entries = read_recipe(ROOT / "recipes" / f"{name}.yaml").tasks
     kinds = {entry: TASKS[spec.task].kind for entry, spec in entries.items()}
     heads = [NAMES.get(method, method) for method in methods]
@@ -228,6 +229,19 @@ def trials_table(name: str) -> str:
         cells = [found.get((method, setting, task)) for task in tasks]
         shown = ["-" if one is None else losses(one) for one in cells]
         lines.append(f"| {NAMES.get(method, method)} | {setting} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def chosen_table(name: str) -> str:
+    """A line a method, a column for each base and task: the better trial's answer loss on validation rows."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["search"] if row["is_chosen"]]
+    places = list(dict.fromkeys((row["base"], row["task"]) for row in rows))
+    found = {(row["method"], row["base"], row["task"]): row for row in rows}
+    lines = [f"| | {' | '.join(f'{base}: {task}' for base, task in places)} |", "|---|" + "---:|" * len(places)]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        cells = [found.get((method, *place)) for place in places]
+        shown = ["-" if one is None else losses({**one, "is_chosen": False}) for one in cells]
+        lines.append(f"| {NAMES.get(method, method)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
