@@ -240,13 +240,13 @@ def test_a_distillation_setting_out_of_range_is_refused(field, value):
         ShadowConfig(**{field: value})
 
 
-def trainer(tmp_path, model, *, multiplier=1.0, **options):
+def trainer(tmp_path, model, *, multiplier=1.0, heads=1.0, **options):
     arguments = TrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, report_to=[], max_steps=1, weight_decay=0.1, learning_rate=1e-2,
         disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False, **options,
     )  # fmt: skip
     rows = [{"input_ids": row, "labels": row} for row in tokens(4, 6)]
-    return ShadowTrainer(model, arguments, train_dataset=rows, shadow_lr_multiplier=multiplier)
+    return ShadowTrainer(model, arguments, train_dataset=rows, shadow_lr_multiplier=multiplier, head_lr_multiplier=heads)
 
 
 def test_the_shadow_backbone_has_its_own_learning_rate_and_vectors_no_decay(tmp_path):
@@ -280,6 +280,41 @@ def test_groups_for_a_loop_of_ones_own_are_those_of_the_trainer(tmp_path, multip
         return {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
 
     assert settings(own) == settings(theirs)
+
+
+def rates(optimizer):
+    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_a_classifiers_heads_have_their_own_learning_rate(tmp_path):
+    base = tiny_base(labels=3)
+    model = get_shadow_model(base, tiny_config(task_type="SEQ_CLS", shadow_lr_multiplier=0.5))
+    network = model.network()
+    expected = {id(parameter): 1e-2 for parameter in network.parameters()}
+    expected |= {id(parameter): 5e-3 for parameter in network.backbone.parameters()}
+    expected |= {id(head.weight): 3e-2 for head in (network.head, network.shadow_head)}
+    found = rates(trainer(tmp_path, model, multiplier=None, heads=3.0).create_optimizer())
+    own = rates(torch.optim.AdamW(parameter_groups(model, learning_rate=1e-2, head_lr_multiplier=3.0)))
+    assert found == pytest.approx(expected) and own == pytest.approx(expected)
+    plain = tiny_base(labels=3)
+    found = rates(trainer(tmp_path, plain, heads=3.0).create_optimizer())
+    assert found.pop(id(plain.score.weight)) == pytest.approx(3e-2) and set(found.values()) == {1e-2}
+
+
+@pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")  # peft's doing
+def test_the_head_of_another_adapter_has_its_own_learning_rate_too(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft==0.21.2)")
+    model = peft.get_peft_model(tiny_base(labels=3), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"]))
+    optimizer = trainer(tmp_path, model, heads=3.0).create_optimizer()
+    at = {name: rates(optimizer)[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    heads = {name for name in at if "score" in name}
+    assert len(heads) == 1 and len(at) > 1
+    assert all(rate == pytest.approx(3e-2 if name in heads else 1e-2) for name, rate in at.items())
+
+
+def test_a_rate_of_nothing_for_the_heads_is_refused():
+    with pytest.raises(ConfigError, match=r"head_lr_multiplier=0.* more than 0"):
+        TrainConfig(head_lr_multiplier=0)
 
 
 def test_one_learning_rate_leaves_the_groups_as_they_are(tmp_path):

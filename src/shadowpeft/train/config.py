@@ -35,6 +35,9 @@ class TrainConfig:
     batch_size: int = _field(16, "rows a device and forward pass")
     gradient_accumulation: int = _field(1, "forward passes an optimizer step")
     learning_rate: float = _field(3e-3, "peak learning rate of AdamW")
+    head_lr_multiplier: float = _field(
+        1.0, "learning rate of classification heads, which start from nothing, as a multiple of the others'"
+    )
     schedule: str = _field("cosine", "learning-rate schedule, any of transformers'")
     warmup: float = _field(0.03, "share of the steps that warm up")
     weight_decay: float = _field(0.01, "decoupled weight decay")
@@ -62,6 +65,7 @@ class TrainConfig:
             require(value is None or value >= 1, name, value, "None or an integer of at least 1")
         require(self.epochs > 0 or self.max_steps > 0, "epochs", self.epochs, "more than 0")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "more than 0")
+        require(self.head_lr_multiplier > 0, "head_lr_multiplier", self.head_lr_multiplier, "more than 0")
         require(0 <= self.warmup < 1, "warmup", self.warmup, "a share in [0, 1)")
         require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
         require(self.clip > 0, "clip", self.clip, "more than 0")

@@ -2,11 +2,19 @@
 
 from typing import Any
 
+from torch import nn
+
+from shadowpeft.core import ShadowNetwork
 from shadowpeft.model import ShadowModel
 
 
 def parameter_groups(
-    model: ShadowModel, *, learning_rate: float, weight_decay: float = 0.0, adapter_name: str | None = None
+    model: ShadowModel,
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    head_lr_multiplier: float = 1.0,
+    adapter_name: str | None = None,
 ) -> list[dict[str, Any]]:
     """The adapter's trained weights as groups for ``torch.optim.AdamW``.
 
@@ -14,14 +22,23 @@ def parameter_groups(
     :class:`~shadowpeft.train.ShadowTrainer`.
 
     Args:
-        learning_rate: of the steps, the projection and the heads.
+        learning_rate: of the steps and the projection.
+        head_lr_multiplier: that of a classifier's heads, as a multiple of it.
         adapter_name: whose weights; None: the active adapter's.
     """
     network = model.network(adapter_name)
-    backbone = {id(parameter) for parameter in network.backbone.parameters()}
+    multipliers = dict.fromkeys(network.backbone.parameters(), network.config.shadow_lr_multiplier)
+    multipliers |= dict.fromkeys(heads_of(network), head_lr_multiplier)
     groups: dict[tuple[float, float], list[Any]] = {}
     for parameter in network.parameters():
         if parameter.requires_grad:
-            rate = learning_rate * (network.config.shadow_lr_multiplier if id(parameter) in backbone else 1.0)
+            rate = learning_rate * multipliers.get(parameter, 1.0)
             groups.setdefault((rate, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+
+
+def heads_of(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of classification heads: a network's two, or transformers' one; none in a language model."""
+    if isinstance(model, ShadowNetwork):
+        return [weight for head in (model.head, model.shadow_head) if head is not None for weight in head.parameters()]
+    return [parameter for name, parameter in model.named_parameters() if "score" in name.split(".")]

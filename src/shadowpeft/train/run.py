@@ -141,6 +141,7 @@ def make_trainer(
     examples: list[dict[str, Any]],
     arguments: TrainingArguments,
     callbacks: list[Any],
+    head_lr_multiplier: float,
 ) -> ShadowTrainer:
     """The trainer of every method: a shadow here; LoRA, a probe or the whole base in a comparison."""
     trainer = ShadowTrainer(
@@ -149,6 +150,7 @@ def make_trainer(
         train_dataset=examples,  # type: ignore[arg-type]
         data_collator=AnswerCollator(tokenizer),
         callbacks=callbacks,
+        head_lr_multiplier=head_lr_multiplier,
     )
     if trains_classes(model):
         # transformers takes these losses to be divided by the labels of all accumulated batches, and they are means of one.
@@ -194,6 +196,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         prepared.examples,
         arguments,
         callbacks=[stop, MetricLines(folder / "metrics.jsonl"), progress],
+        head_lr_multiplier=config.head_lr_multiplier,
     )
     started = time.monotonic()
     with closing(stop), closing(progress):

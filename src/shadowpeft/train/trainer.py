@@ -16,6 +16,7 @@ from shadowpeft.model.cache import CACHE
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
 from shadowpeft.model.sharded import is_sharded
 from shadowpeft.model.tasks import ShadowModelForCausalLM
+from shadowpeft.train.groups import heads_of
 from shadowpeft.train.saving import SafeTrainer
 
 LOSS_PARTS = ("main_loss", "shadow_loss", "distillation_loss")
@@ -28,14 +29,18 @@ class ShadowTrainer(SafeTrainer):
 
     Args:
         shadow_lr_multiplier: the shadow backbone's learning rate as a multiple of all other weights'; None: what the
-            adapter's config says. The other arguments are transformers' own.
+            adapter's config says.
+        head_lr_multiplier: the same of a classifier's heads, which start from nothing. The other arguments are
+            transformers' own.
     """
 
-    def __init__(self, *args: Any, shadow_lr_multiplier: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, shadow_lr_multiplier: float | None = None, head_lr_multiplier: float = 1.0, **kwargs: Any
+    ) -> None:
         model = kwargs.get("model", args[0] if args else None)
         refuse_zero3(isinstance(model, ShadowModel) and is_deepspeed_zero3_enabled())
         super().__init__(*args, **kwargs)
-        self._shadow_lr_multiplier = shadow_lr_multiplier
+        self._shadow_lr_multiplier, self._head_lr_multiplier = shadow_lr_multiplier, head_lr_multiplier
         # transformers smooths labels on logits it asks for; here both losses do it behind the head, without any.
         smooths = self.label_smoother is not None and isinstance(self.model, ShadowModelForCausalLM)
         self._loss_options = {"label_smoothing": self.args.label_smoothing_factor} if smooths else {}
@@ -60,11 +65,14 @@ class ShadowTrainer(SafeTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         adapted = self.accelerator.unwrap_model(self.model)
-        if is_new and isinstance(adapted, ShadowModel):
-            network, given = adapted.network(), self._shadow_lr_multiplier
-            multiplier = network.config.shadow_lr_multiplier if given is None else given
-            if multiplier != 1.0:
-                _split_groups(optimizer, set(network.backbone.parameters()), multiplier)
+        if not is_new:
+            return optimizer
+        trained: nn.Module = adapted
+        if isinstance(adapted, ShadowModel):
+            trained, given = adapted.network(), self._shadow_lr_multiplier
+            multiplier = trained.config.shadow_lr_multiplier if given is None else given
+            _split_groups(optimizer, set(trained.backbone.parameters()), multiplier)
+        _split_groups(optimizer, set(heads_of(trained)), self._head_lr_multiplier)
         return optimizer
 
     def _add_parts(self, outputs: Any) -> None:
@@ -151,6 +159,8 @@ class ShadowTrainer(SafeTrainer):
 
 def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[nn.Parameter], multiplier: float) -> None:
     """Gives ``chosen`` groups of their own, with ``multiplier`` times the learning rate of the ones they were in."""
+    if multiplier == 1.0:
+        return
     groups, optimizer.param_groups = list(optimizer.param_groups), []
     for group in groups:
         rest = [p for p in group["params"] if p not in chosen]
