@@ -41,7 +41,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "preset-study": quality.preset_table,
     "rank-search": partial(quality.chosen_table, "rank_search"),
     "longer-search": partial(quality.chosen_table, "longer_search"),
-    "other-base-search": partial(quality.trials_table, "other_base_search"),
     "generation-search": partial(quality.trials_table, "generation_search"),
     "shadow-init": quality.shadow_init_table,
     "shadow-text": quality.shadow_text_table,

@@ -233,13 +233,16 @@ def trials_table(name: str) -> str:
 
 
 def chosen_table(name: str) -> str:
-    """A line a method, a column for each base and task: the better trial's answer loss on validation rows."""
-    rows = [row for row in result(f"{name}/summary")["tables"]["search"] if row["is_chosen"]]
-    places = list(dict.fromkeys((row["base"], row["task"]) for row in rows))
+    """A line a method, a column for each base and task: the lower answer loss of its trials on validation rows."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["search"] if row["loss"] is not None]
+    rows = sorted(rows, key=lambda row: -row["loss"])
+    places = sorted({(row["base"], row["task"]) for row in rows})
     found = {(row["method"], row["base"], row["task"]): row for row in rows}
     lines = [f"| | {' | '.join(f'{base}: {task}' for base, task in places)} |", "|---|" + "---:|" * len(places)]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    for method in read_recipe(ROOT / "recipes" / f"{name}.yaml").methods:
         cells = [found.get((method, *place)) for place in places]
+        if not any(cells):
+            continue
         shown = ["-" if one is None else losses({**one, "is_chosen": False}) for one in cells]
         lines.append(f"| {NAMES.get(method, method)} | {' | '.join(shown)} |")
     return "\n".join(lines)

@@ -37,6 +37,14 @@ def test_the_table_holds_every_promised_architecture():
 
 
 @pytest.mark.parametrize("model_type", ALL)
+def test_a_shadow_of_one_head_has_one_of_each_kind_and_runs(model_type):
+    model = adapted(model_type, shadow_num_attention_heads=1)
+    shadow, field = model.network().backbone.config, ARCHITECTURES[model_type].kv_heads
+    assert shadow.num_attention_heads == 1 and (field is None or getattr(shadow, field) == 1)
+    assert model(tokens()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("model_type", ALL)
 def test_a_fresh_adapter_leaves_the_logits_bit_identical(model_type):
     base, ids = tiny_base(model_type), tokens()
     before = base(ids).logits

@@ -50,7 +50,7 @@ def test_what_is_recommended_is_another_formula_but_not_another_shadow():
 
 def test_attached_is_what_is_recommended_with_the_weights_in_the_corrections():
     recommended, attached = ShadowConfig.preset("recommended"), ShadowConfig.preset("attached")
-    sizes = {"r": 64, "alpha_rank": 8, "shadow_intermediate_size": 64}
+    sizes = {"r": 64, "alpha_rank": 8, "shadow_num_attention_heads": 1, "shadow_intermediate_size": 64}
     assert attached == recommended.replace(auxiliary_loss_weight=2.0, **sizes)
 
 

@@ -42,6 +42,10 @@ def test_early_exit_is_refused_and_leaves_the_config_as_it_was():
     for args, kwargs in (((ids,), {"generation_config": config}), ((ids, config), {})):
         with pytest.raises(NotImplementedError, match="assistant_early_exit"):
             model.generate(*args, **kwargs)
+    model.generation_config.assistant_early_exit = 2
+    with pytest.raises(NotImplementedError, match="assistant_early_exit"):
+        model.generate(ids, GenerationConfig(max_new_tokens=2))
+    model.generation_config.assistant_early_exit = None
     assert model.config.num_hidden_layers == 4
     assert model.generate(ids, max_new_tokens=2, min_new_tokens=2).shape == (1, 11)
 

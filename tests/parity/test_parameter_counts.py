@@ -57,6 +57,14 @@ def test_an_implicit_shadow_in_the_authors_layout_has_the_published_total(size):
     assert sum(tensor.numel() for tensor in to_authors(implicit_network(size)).values()) == PUBLISHED[size][-1]
 
 
+@pytest.mark.parametrize("size", SHAPES)
+def test_attached_has_most_of_its_weights_in_the_corrections(size):
+    with torch.device("meta"):
+        network = get_shadow_model(Qwen3ForCausalLM(qwen3(size)), ShadowConfig.preset("attached")).network()
+    in_corrections = sum(parameter.numel() for parameter in network.injections.parameters())
+    assert in_corrections > 0.8 * network.num_parameters(only_trainable=True)
+
+
 def test_an_explicit_shadow_has_the_published_total_less_the_update_that_feeds_nothing():
     assert explicit_network().num_parameters(only_trainable=True) == PUBLISHED_EXPLICIT - last_update("8B", 10)
 

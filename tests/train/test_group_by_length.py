@@ -15,7 +15,7 @@ def batches_of(tmp_path, **settings):
     model = get_shadow_model(tiny_base(dtype=torch.float32), tiny_config(adapter_dtype="float32"))
     lengths = [4 + (number * 37) % 57 for number in range(64)]
     rows = [{"input_ids": [3 + n] * length, "labels": [3 + n] * length} for n, length in enumerate(lengths)]
-    trainer = make_trainer(model, byte_tokenizer(), rows, training_arguments(config, tmp_path), [], 1.0)
+    trainer = make_trainer(model, byte_tokenizer(), rows, training_arguments(config, tmp_path), callbacks=[])
     return list(trainer.get_train_dataloader())
 
 

@@ -96,6 +96,7 @@ def test_a_copied_checkpoint_that_lacks_a_file_is_passed_over(bench, tmp_path):
     [
         ({"learning_rate": 1e-4}, "learning_rate=0.003, not 0.0001"),
         ({"task": "robot", "data": None}, "task='intent', not 'robot'"),
+        ({"head_lr_multiplier": 3.0}, "head_lr_multiplier=1.0, not 3.0"),
         ({"limit_train": 8}, "limit_train=None, not 8"),
         ({"shadow": {"shadow_intermediate_size": 24, "shadow_alpha": 2.0}}, "shadow_alpha=0.1, not 2.0"),
     ],

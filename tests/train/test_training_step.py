@@ -5,7 +5,14 @@ import itertools
 import pytest
 import torch
 from torch.testing import assert_close
-from transformers import AttentionInterface, AttentionMaskInterface, DataCollatorWithFlattening, TrainingArguments
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    BertConfig,
+    BertForSequenceClassification,
+    DataCollatorWithFlattening,
+    TrainingArguments,
+)
 
 from models import enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowConfig, get_shadow_model
@@ -310,6 +317,14 @@ def test_the_head_of_another_adapter_has_its_own_learning_rate_too(tmp_path):
     heads = {name for name in at if "score" in name}
     assert len(heads) == 1 and len(at) > 1
     assert all(rate == pytest.approx(3e-2 if name in heads else 1e-2) for name, rate in at.items())
+
+
+def test_a_rate_for_heads_that_are_not_found_is_refused_not_ignored(tmp_path):
+    config = BertConfig(vocab_size=97, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    model = BertForSequenceClassification(config)
+    trainer(tmp_path, model).create_optimizer()
+    with pytest.raises(ConfigError, match=r"head_lr_multiplier=3.0 .*BertForSequenceClassification has none"):
+        trainer(tmp_path, model, heads=3.0).create_optimizer()
 
 
 def test_a_rate_of_nothing_for_the_heads_is_refused():

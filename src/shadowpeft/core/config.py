@@ -39,7 +39,9 @@ class ShadowConfig:
     shadow_num_hidden_layers: int = _field(1, "blocks of an implicit shadow")
     shadow_hidden_size: int | None = _field(None, "width of an implicit shadow; None: the base's")
     shadow_num_attention_heads: int | None = _field(None, "query heads of an implicit shadow; None: the base's")
-    shadow_num_key_value_heads: int | None = _field(None, "key/value heads of an implicit shadow; None: the base's")
+    shadow_num_key_value_heads: int | None = _field(
+        None, "key/value heads of an implicit shadow; None: the base's, or one for each query head where those are fewer"
+    )
     shadow_head_dim: int | None = _field(None, "head width of an implicit shadow; None: the base's")
     shadow_intermediate_size: int | None = _field(256, "MLP width of an implicit shadow; None: the base's")
     shadow_layer_types: Literal["full", "base"] = _field(
@@ -196,6 +198,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         **_RECOMMENDED,
         "r": 64,
         "alpha_rank": 8,
+        "shadow_num_attention_heads": 1,
         "shadow_intermediate_size": 64,
         "auxiliary_loss_weight": 2.0,
     },

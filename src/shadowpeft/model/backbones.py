@@ -66,9 +66,11 @@ def _sizes(row: Architecture, config: ShadowConfig, base: PreTrainedConfig) -> d
             sizes["word_embed_proj_dim"] = config.shadow_hidden_size
     if config.shadow_num_attention_heads is not None:
         sizes["num_attention_heads"] = config.shadow_num_attention_heads
-        # Multi-head attention in the base stays multi-head in the shadow.
-        if row.kv_heads and getattr(base, row.kv_heads) == base.num_attention_heads:
-            sizes[row.kv_heads] = config.shadow_num_attention_heads
+        # Multi-head attention in the base stays multi-head in the shadow, and no shadow has more key/value heads than queries.
+        if row.kv_heads:
+            base_kv_heads = getattr(base, row.kv_heads)
+            if base_kv_heads == base.num_attention_heads or base_kv_heads > config.shadow_num_attention_heads:
+                sizes[row.kv_heads] = config.shadow_num_attention_heads
     for name, field, value in (
         ("shadow_num_key_value_heads", row.kv_heads, config.shadow_num_key_value_heads),
         ("shadow_head_dim", row.head_dim, config.shadow_head_dim),

@@ -157,8 +157,10 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         Raises:
             NotImplementedError: LayerSkip, which runs the base on its first blocks alone.
         """
-        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or self.generation_config
-        if kwargs.get("assistant_early_exit", config.assistant_early_exit) is not None:
+        # As transformers reads it: the argument, else the given config's, else what the model's own has.
+        configs = (kwargs.get("generation_config"), args[1] if len(args) > 1 else None, self.generation_config)
+        values = (kwargs.get("assistant_early_exit"), *(getattr(config, "assistant_early_exit", None) for config in configs))
+        if any(value is not None for value in values):
             raise NotImplementedError(
                 "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
                 "shadow instead: generate(..., speculative=4)"

@@ -38,7 +38,7 @@ def _is_json(checkpoint: Path) -> bool:
         return False
 
 
-def check_run_folder(folder: Path, config: RunConfig, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
+def check_run_folder(folder: Path, config: RunConfig, *, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
     """Whether a run may write here; returns the checkpoint to resume from, if ``config.resume`` is on. Changes nothing.
 
     None with ``resume`` means from the first step: the run was cut off before its first checkpoint.

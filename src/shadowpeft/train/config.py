@@ -36,7 +36,7 @@ class TrainConfig:
     gradient_accumulation: int = _field(1, "forward passes an optimizer step")
     learning_rate: float = _field(3e-3, "peak learning rate of AdamW")
     head_lr_multiplier: float = _field(
-        1.0, "learning rate of classification heads, which start from nothing, as a multiple of the others'"
+        1.0, "learning rate of a classifier's heads, as a multiple of the others'; written answers have no such heads"
     )
     schedule: str = _field("cosine", "learning-rate schedule, any of transformers'")
     warmup: float = _field(0.03, "share of the steps that warm up")

@@ -62,7 +62,7 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
     if not config.data and config.steps:
         raise ConfigError("pretraining needs text: pass data with a file, a folder or hub:NAME")
     folder = Path(config.output)
-    checkpoint = check_run_folder(folder, config, CHECKPOINT_WEIGHTS)
+    checkpoint = check_run_folder(folder, config, weights=CHECKPOINT_WEIGHTS)
     set_seed(config.seed)
     base, network, tokenizer, small = prepare(config)
     record: dict[str, Any] = {"config": _public(config), "base": Path(config.base).name}

@@ -15,7 +15,6 @@ from shadowpeft.errors import ConfigError
 from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
-from shadowpeft.model.build import is_classifier
 from shadowpeft.train.arguments import refuse_float16_unasked, shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder, write_run_file
@@ -29,7 +28,7 @@ from shadowpeft.train.data import (
     load_rows,
 )
 from shadowpeft.train.tasks import TASKS, Task
-from shadowpeft.train.trainer import ShadowTrainer
+from shadowpeft.train.trainer import ShadowTrainer, trains_classes
 
 ADAPTER_FOLDER = "adapter"
 
@@ -140,8 +139,9 @@ def make_trainer(
     tokenizer: PreTrainedTokenizerBase,
     examples: list[dict[str, Any]],
     arguments: TrainingArguments,
+    *,
     callbacks: list[Any],
-    head_lr_multiplier: float,
+    head_lr_multiplier: float = 1.0,
 ) -> ShadowTrainer:
     """The trainer of every method: a shadow here; LoRA, a probe or the whole base in a comparison."""
     trainer = ShadowTrainer(
@@ -157,13 +157,6 @@ def make_trainer(
         trainer.model_accepts_loss_kwargs = False
     trainer.pop_callback(PrinterCallback)
     return trainer
-
-
-def trains_classes(model: Any) -> bool:
-    """Whether ``model`` is one of transformers' own classifiers, plain or below PEFT's adapters."""
-    if isinstance(model, ShadowModel):
-        return False
-    return is_classifier(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def train(config: TrainConfig, *, console: Console | None = None) -> Trained:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from shadowpeft.errors import CheckpointError
+from shadowpeft.errors import CheckpointError, ConfigError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.architectures import refuse_zero3
+from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
 from shadowpeft.model.sharded import is_sharded
@@ -30,8 +31,10 @@ class ShadowTrainer(SafeTrainer):
     Args:
         shadow_lr_multiplier: the shadow backbone's learning rate as a multiple of all other weights'; None: what the
             adapter's config says.
-        head_lr_multiplier: the same of a classifier's heads, which start from nothing. The other arguments are
-            transformers' own.
+        head_lr_multiplier: the same of a classifier's heads. The other arguments are transformers' own.
+
+    Raises:
+        ConfigError: a head_lr_multiplier for a classifier whose head is not one of those this package trains.
     """
 
     def __init__(
@@ -72,7 +75,13 @@ class ShadowTrainer(SafeTrainer):
             trained, given = adapted.network(), self._shadow_lr_multiplier
             multiplier = trained.config.shadow_lr_multiplier if given is None else given
             _split_groups(optimizer, set(trained.backbone.parameters()), multiplier)
-        _split_groups(optimizer, set(heads_of(trained)), self._head_lr_multiplier)
+        heads = set(heads_of(trained))
+        if self._head_lr_multiplier != 1.0 and not heads and trains_classes(adapted):
+            raise ConfigError(
+                f"head_lr_multiplier={self._head_lr_multiplier} is for a head called 'score', and {type(trained).__name__} has "
+                "none; leave it 1"
+            )
+        _split_groups(optimizer, heads, self._head_lr_multiplier)
         return optimizer
 
     def _add_parts(self, outputs: Any) -> None:
@@ -155,6 +164,13 @@ class ShadowTrainer(SafeTrainer):
         if not (folder / WEIGHTS_FILE).is_file():
             raise CheckpointError(f"{folder} holds no {WEIGHTS_FILE}; resume from a complete checkpoint folder")
         restore_weights(model.network(), folder)
+
+
+def trains_classes(model: Any) -> bool:
+    """Whether ``model`` is one of transformers' own classifiers, plain or below PEFT's adapters."""
+    if isinstance(model, ShadowModel):
+        return False
+    return is_classifier(model.get_base_model() if hasattr(model, "get_base_model") else model)
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, chosen: set[nn.Parameter], multiplier: float) -> None:

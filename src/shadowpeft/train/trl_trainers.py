@@ -34,8 +34,9 @@ class ShadowSFTTrainer(ShadowTrainer, _ModelLoss):
     """TRL's SFTTrainer with the model's own loss: both terms of Eq. 8, and no logits kept.
 
     Data sets, packing, completion-only and assistant-only loss are TRL's; so are all arguments but
-    ``shadow_lr_multiplier``. The parts of the loss are logged in place of TRL's entropy and token accuracy, which need
-    logits. Packing needs ``sdpa`` or flash attention; with another kernel TRL's rows would see each other.
+    ``shadow_lr_multiplier`` (and ``head_lr_multiplier``, which finds no heads here). The parts of the loss are logged in
+    place of TRL's entropy and token accuracy, which need logits. Packing needs ``sdpa`` or flash attention; with another
+    kernel TRL's rows would see each other.
 
     Raises:
         ConfigError: a loss other than the model's is asked for, or packing with a kernel that does not keep rows apart.

@@ -25,6 +25,7 @@ from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.compare.tables import main_table, variant_table
 from shadowpeft.evaluate.compare.training import train_method
 from shadowpeft.evaluate.compare.worker import serve
+from shadowpeft.train.groups import heads_of
 
 pytest.importorskip("peft", reason="peft is not installed (pip install peft==0.21.2)")
 # transformers 5.23 has renamed what PEFT 0.21 and transformers 5.17 know under this name.
@@ -152,6 +153,24 @@ def test_a_setting_may_give_the_shadow_a_learning_rate_of_its_own(root, tmp_path
     for name, weight in one.backbone.state_dict().items():
         assert weight.equal(other.backbone.state_dict()[name]), name
     assert not all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("method", ["lora", "shadow"])
+def test_heads_of_every_method_take_the_recipes_learning_rate_for_heads(root, tmp_path, method):
+
+    def heads(multiplier: float) -> list[torch.Tensor]:
+        values = comparisons.small_recipe()
+        values["train"]["head_lr_multiplier"] = multiplier
+        recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+        store = Store(recipe=recipe, output=tmp_path, data_root=root)
+        cells = [cell for cell in plan_cells(recipe) if (cell.section, cell.task) == ("main", "classes")]
+        cell = next(cell for cell in cells if cell.method == method)
+        model = train_method(cell, store, {"learning_rate": 1e-2}, seed=0).model
+        return [head for head in heads_of(model.network() if method == "shadow" else model) if head.requires_grad]
+
+    still, moved = heads(1e-6), heads(1.0)
+    assert len(moved) == (2 if method == "shadow" else 1)
+    assert all((a - b).abs().max() > 1e-3 for a, b in zip(still, moved, strict=True))
 
 
 def test_searches_can_be_run_alone(root, tmp_path):

@@ -121,3 +121,5 @@ def test_a_methods_own_shadow_settings_win_over_those_of_its_base(tmp_path):
     store = Store(recipe=recipe, output=tmp_path)
     assert store.method("shadow", "base").shadow == bases["base"].shadow
     assert store.method("own", "base").shadow == own.shadow
+    preset = plan._preset(own, bases["base"])
+    assert preset["auxiliary_loss_weight"] == 8.0 and not preset["use_update"]  # what results are held against

@@ -39,7 +39,8 @@ def fit(
         arguments = training_arguments(config, Path(folder))
         arguments.max_steps = steps
         arguments.set_save(strategy="no")
-        trainer = make_trainer(model, tokenizer, examples, arguments, [], config.head_lr_multiplier)
+        rate = config.head_lr_multiplier
+        trainer = make_trainer(model, tokenizer, examples, arguments, callbacks=[], head_lr_multiplier=rate)
         reset_peak_memory()
         started = time.perf_counter()
         trainer.train()
