@@ -383,7 +383,9 @@ def test_a_crashed_cell_is_on_record_blocks_only_what_needs_it_and_is_retried_on
     counts = compare(recipe, Console(file=said, width=200), **options)
     assert (counts.done, counts.failed, counts.skipped) == (3, 3, 0)
     failed = read_result(output, "search--tiny--orders--lora")
-    assert failed["status"] == "failed" and any("not valid JSON" in line for line in failed["error"])
+    assert failed["status"] == "failed" and "not valid JSON" in failed["error"][-1]
+    told = [line for line in said.getvalue().splitlines() if "FAILED" in line and "not run" not in line]
+    assert told and all("not valid JSON" in line for line in told), told
     blocked = read_result(output, "main--tiny--orders--lora--seed0")
     assert blocked["error"] == ["not run: search--tiny--orders--lora failed"]
     assert "Failed and missing cells" in (output / "report.md").read_text()

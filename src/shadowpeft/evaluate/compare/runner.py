@@ -71,6 +71,15 @@ class Queue:
             self.changed.notify_all()
 
 
+def _ended(process: subprocess.Popen[str]) -> int:
+    """How a process that has said its last ends: by itself in a moment, else it is killed."""
+    try:
+        return process.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
 class Worker:
     """One child process; see :mod:`shadowpeft.evaluate.compare.worker`. It is started when a cell first needs it."""
 
@@ -101,13 +110,13 @@ class Worker:
         if answer.strip() == f"done {cell.id}":
             return None
         self._process = None
-        process.kill()
-        code = process.wait()
+        code = _ended(process)
         _close(process)
         said = self._log.read_text(encoding="utf-8", errors="replace")
         if time.monotonic() - started >= self._timeout:
             return f"{said}\nstopped after {self._timeout:.0f} s, the limit for one cell"
-        return f"{said}\nthe process ended with code {code}"
+        # A traceback says why in its last line; a process that was killed leaves none.
+        return said if code == 1 else f"{said}\nthe process ended with code {code}"
 
     def _start(self) -> None:
         self._log.parent.mkdir(parents=True, exist_ok=True)
