@@ -227,7 +227,7 @@ def trials_table(name: str) -> str:
     lines = [f"| | setting | {' | '.join(tasks)} |", "|---|---|" + "---:|" * len(tasks)]
     for method, setting in dict.fromkeys((method, setting) for method, setting, _ in found):
         cells = [found.get((method, setting, task)) for task in tasks]
-        shown = ["-" if one is None else losses(one) for one in cells]
+        shown = ["-" if one is None else f"**{losses(one)}**" if one["is_chosen"] else losses(one) for one in cells]
         lines.append(f"| {NAMES.get(method, method)} | {setting} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -243,7 +243,7 @@ def chosen_table(name: str) -> str:
         cells = [found.get((method, *place)) for place in places]
         if not any(cells):
             continue
-        shown = ["-" if one is None else losses({**one, "is_chosen": False}) for one in cells]
+        shown = ["-" if one is None else losses(one) for one in cells]
         lines.append(f"| {NAMES.get(method, method)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -257,5 +257,4 @@ def described(setting: dict[str, float]) -> str:
 
 def losses(trial: dict[str, Any]) -> str:
     detached = "" if trial["detached_loss"] is None else f" / {trial['detached_loss']:.3f}"
-    text = f"{trial['loss']:.3f}{detached}"
-    return f"**{text}**" if trial["is_chosen"] else text
+    return f"{trial['loss']:.3f}{detached}"

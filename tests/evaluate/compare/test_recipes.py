@@ -125,16 +125,15 @@ def test_the_recipe_of_the_other_base_solves_its_budget_and_keeps_a_methods_own_
     assert heads == {"shadow": 4, "attached": 1}
 
 
-MAIN_TABLES = ("compare_small", "compare_long", "compare_babyllama")
-SEARCHES = ("other_base_search", "rank_search", "longer_search", "head_search")
+LARGE = ("compare_small", "compare_long", "compare_babyllama", "other_base_search", "rank_search")
 
 
-@pytest.mark.parametrize("name", MAIN_TABLES + SEARCHES)
-def test_every_result_in_the_repository_is_what_the_recipe_would_make_today(name):
+@pytest.mark.parametrize(("name", "more_than"), [*((name, 10) for name in LARGE), ("longer_search", 1), ("head_search", 4)])
+def test_every_result_in_the_repository_is_what_the_recipe_would_make_today(name, more_than):
     """A new field of ShadowConfig, another preset or another setting makes results out of date: run these again, take
     them out, or (a field at which nothing changes) name it in ``ADDED``."""
     recipe = read_recipe(RECIPES / f"{name}.yaml")
     today = {cell.id: fingerprint(recipe, cell) for cell in plan_cells(recipe)}
     there = {file.stem: json.loads(file.read_text()) for file in (RESULTS / name / "cells").glob("*.json")}
-    assert there
+    assert len(there) > more_than
     assert {each for each, result in there.items() if result["fingerprint"] != today.get(each)} == set()

@@ -10,7 +10,7 @@ from typing import Any
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare.budget import shadow_config
-from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, Recipe, TaskSpec
+from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, Recipe, TaskSpec, shadow_settings
 from shadowpeft.train.tasks import TASKS
 
 # Fields of ShadowConfig that came after the first results, with the value at which they change nothing.
@@ -321,7 +321,7 @@ def _without_trials(task: TaskSpec) -> dict[str, Any]:
 
 def _preset(spec: MethodSpec, base: BaseSpec) -> dict[str, Any]:
     """What a method's preset on a base stands for."""
-    return _as_before(ShadowConfig.preset({**base.shadow, **spec.shadow}.get("preset", "paper")))
+    return _as_before(ShadowConfig.preset(shadow_settings(spec, base).get("preset", "paper")))
 
 
 def _as_before(config: ShadowConfig) -> dict[str, Any]:

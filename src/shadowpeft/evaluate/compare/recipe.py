@@ -91,6 +91,11 @@ class MethodSpec:
     trials: tuple[dict[str, float], ...] = ()
 
 
+def shadow_settings(method: MethodSpec, base: BaseSpec) -> dict[str, Any]:
+    """Fields of ``ShadowConfig``, and ``preset``, of a method on a base: the base's where the method has none of its own."""
+    return {**base.shadow, **method.shadow}
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchSpec:
     """The search every trained method gets: ``trials`` short runs, scored on validation rows.

@@ -10,7 +10,7 @@ from shadowpeft.evaluate.compare import results
 from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base, solve, target_of
 from shadowpeft.evaluate.compare.methods import resolve
 from shadowpeft.evaluate.compare.plan import Cell, fingerprint, search_of
-from shadowpeft.evaluate.compare.recipe import MethodSpec, Recipe
+from shadowpeft.evaluate.compare.recipe import MethodSpec, Recipe, shadow_settings
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import load_rows
 from shadowpeft.train.tasks import TASKS, Task
@@ -37,7 +37,7 @@ class Store:
     def method(self, name: str, base: str) -> MethodSpec:
         """A method of the recipe with the base's settings where it has none, and its pretrained shadow found on disk."""
         spec = self.recipe.methods[name]
-        shadow = {**self.recipe.bases[base].shadow, **spec.shadow}
+        shadow = shadow_settings(spec, self.recipe.bases[base])
         if "shadow_model" in shadow:
             shadow["shadow_model"] = resolve(shadow["shadow_model"], self.data_root)
         return dataclasses.replace(spec, shadow=shadow)
