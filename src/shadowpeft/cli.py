@@ -4,7 +4,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
-from functools import partial
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -29,8 +28,8 @@ from shadowpeft.train.pretrain_config import PretrainConfig
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adapt a frozen language model with a small shadow.")
 console = Console()
 
-# Set by the task, not by the user.
-_DERIVED = {"shadow", "task_type"}
+# A run's shadow has flags of its own, and its task type follows from the task.
+_DERIVED = {(TrainConfig, "shadow"), (ShadowConfig, "task_type")}
 
 
 def flags_of(config_class: type, panel: str, chosen: set[str] | None = None) -> list[Parameter]:
@@ -38,7 +37,7 @@ def flags_of(config_class: type, panel: str, chosen: set[str] | None = None) -> 
     hints = get_type_hints(config_class)
     parameters = []
     for item in fields(config_class):
-        if item.name in _DERIVED or (chosen is not None and item.name not in chosen):
+        if (config_class, item.name) in _DERIVED or (chosen is not None and item.name not in chosen):
             continue
         default = None if item.default is MISSING else item.default
         names = [f"--{item.name.replace('_', '-')}"]
@@ -56,12 +55,20 @@ def _flag_type(hint: Any) -> Any:
     return next((part for part in get_args(hint) if part is not type(None)), hint)
 
 
-def with_flags(command: Callable[..., None], chosen: set[str] | None = None) -> Callable[..., None]:
-    """Gives a command the flags of ``TrainConfig`` (of ``chosen`` alone) and ``ShadowConfig``, in place of its ``**flags``."""
-    own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
-    flags = flags_of(TrainConfig, "Run", chosen) + flags_of(ShadowConfig, "Shadow adapter")
-    command.__signature__ = signature(command).replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
-    return command
+def with_flags(flags: list[Parameter]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Gives a command these flags in place of its ``**flags``."""
+
+    def give(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in signature(command).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        command.__signature__ = signature(command).replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+        return command
+
+    return give
+
+
+def training_flags(chosen: set[str] | None = None) -> list[Parameter]:
+    """Those of ``TrainConfig`` (of ``chosen`` alone) and ``ShadowConfig``."""
+    return flags_of(TrainConfig, "Run", chosen) + flags_of(ShadowConfig, "Shadow adapter")
 
 
 def run_file(folder: str) -> Path | None:
@@ -78,7 +85,7 @@ def config_from(flags: dict[str, Any], file: Path | None = None, preset: str | N
 
 
 @app.command()
-@with_flags
+@with_flags(training_flags())
 def train(
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings below")] = None,
     preset: Annotated[str | None, typer.Option(help=f"formulas of: {', '.join(PRESETS)} [default: paper]")] = None,
@@ -93,7 +100,7 @@ def train(
 
 
 @app.command()
-@partial(with_flags, chosen={"batch_size", "gradient_accumulation", "max_length", "dtype", "gradient_checkpointing"})
+@with_flags(training_flags({"batch_size", "gradient_accumulation", "max_length", "dtype", "gradient_checkpointing"}))
 def plan(
     model: Annotated[str, typer.Option(help="the base: folder, config.json, hub name or 'embedded'; no weights are read")],
     gpus: Annotated[int, typer.Option(help="devices, one process each")] = 1,
@@ -209,25 +216,13 @@ def demo(**flags: Any) -> None:
 
 
 @app.command()
+@with_flags(flags_of(PretrainConfig, "Run"))
 def pretrain(
-    base: Annotated[str | None, typer.Option(help="the large model: folder or hub name [embedded]")] = None,
-    data: Annotated[str | None, typer.Option(help="text: a file or folder (.txt, .jsonl, .gz), or hub:NAME[:CONFIG]")] = None,
-    shadow: Annotated[str | None, typer.Option(help="the small model: folder, hub name, implicit [base:first:2]")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings of PretrainConfig")] = None,
-    objective: Annotated[str | None, typer.Option(help="projection, causal_lm or distill")] = None,
-    output: Annotated[str | None, typer.Option(help="run folder")] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps; 0 writes Eq. 12's projection untrained")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="packed rows a forward pass")] = None,
-    gradient_accumulation: Annotated[int | None, typer.Option(help="forward passes an optimizer step")] = None,
-    length: Annotated[int | None, typer.Option(help="tokens a packed row")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="peak learning rate")] = None,
-    seed: Annotated[int | None, typer.Option(help="seed of initialisation and of the order of the text")] = None,
-    save_every: Annotated[int | None, typer.Option(help="optimizer steps between checkpoints")] = None,
-    resume: Annotated[bool, typer.Option(help="go on from the newest complete checkpoint")] = False,
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of the settings below")] = None, **flags: Any
 ) -> None:
     """Pretrain a small model as the shadow of a large one."""
-    given = {name: value for name, value in locals().items() if name != "config" and value is not None}
-    config = config or (run_file(output or PretrainConfig.output) if resume else None)
+    given = {name: value for name, value in flags.items() if value is not None}
+    config = config or (run_file(given.get("output") or PretrainConfig.output) if given.get("resume") else None)
     pretraining.run(PretrainConfig.from_dict({**(read_yaml(config) if config else {}), **given}), console)
 
 

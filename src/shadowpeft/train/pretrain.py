@@ -96,12 +96,8 @@ def prepare(
     base = load_model(config.base, dtype=config.dtype)
     refuse_float16_unasked(config, base)
     tokenizer = load_tokenizer(config.base)
-    sizes = {
-        "shadow_num_hidden_layers": config.shadow_num_hidden_layers,
-        "shadow_hidden_size": config.shadow_hidden_size,
-        "shadow_intermediate_size": config.shadow_intermediate_size,
-    }
-    shadow = ShadowConfig(shadow_model=config.shadow, **(sizes if config.shadow == "implicit" else {}))
+    sizes = config.shadow_sizes() if config.shadow == "implicit" else {}
+    shadow = ShadowConfig(shadow_model=config.shadow, **sizes)
     if shadow.is_explicit:
         check_same_tokenizer(location(config.shadow), location(config.base))
         shadow = shadow.replace(shadow_model=location(config.shadow))

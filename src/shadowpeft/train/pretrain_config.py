@@ -22,6 +22,9 @@ class PretrainConfig:
     shadow_num_hidden_layers: int = _field(1, "blocks of an implicit shadow")
     shadow_hidden_size: int | None = _field(None, "width of an implicit shadow; None: the base's")
     shadow_intermediate_size: int | None = _field(None, "MLP width of an implicit shadow; None: the base's")
+    shadow_num_attention_heads: int | None = _field(None, "heads of an implicit shadow; None: the base's")
+    shadow_num_key_value_heads: int | None = _field(None, "key/value heads of an implicit shadow; None: as ShadowConfig has it")
+    shadow_head_dim: int | None = _field(None, "head width of an implicit shadow; None: as ShadowConfig has it")
     data: str = _field("", "text: a file or folder (.txt, .jsonl, .gz), or hub:NAME[:CONFIG]")
     text_field: str = _field("text", "field of a row that holds the text")
     split: str = _field("train", "split of a hub data set")
@@ -89,3 +92,7 @@ class PretrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def shadow_sizes(self) -> dict[str, Any]:
+        """Sizes of an implicit shadow, by their names in ``ShadowConfig``."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name.startswith("shadow_")}

@@ -371,7 +371,7 @@ def test_a_search_tries_what_a_task_gives_for_its_method(root, tmp_path):
 
 def test_a_crashed_cell_is_on_record_blocks_only_what_needs_it_and_is_retried_on_demand(root, tmp_path):
     values = comparisons.small_recipe(seeds=[0], main={"tasks": ["orders", "commands"], "methods": ["none", "lora"]})
-    values["search"] = {"trials": 1, "share": 0.5, "limit_validation": 4, "criterion": "loss"}
+    values["search"] = {"trials": 2, "share": 0.5, "limit_validation": 4, "criterion": "loss"}
     (tmp_path / "data").mkdir()
     for name in ("base", "commands"):
         (tmp_path / "data" / name).symlink_to(root / name)

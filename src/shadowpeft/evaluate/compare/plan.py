@@ -246,7 +246,7 @@ def _applies(recipe: Recipe, task: str, method: str) -> bool:
 
 
 def _search_ids(recipe: Recipe, base: str, task: str, methods: Iterable[str], variant: str = "") -> tuple[str, ...]:
-    if recipe.search.trials < 1:
+    if recipe.search.trials <= 1:
         return ()
     return tuple(
         Cell(section="search", base=base, task=task, method=method, variant=variant).id
@@ -316,7 +316,8 @@ def _trains_otherwise_than_before(recipe: Recipe, cell: Cell, method: str) -> bo
 
 def _without_trials(task: TaskSpec) -> dict[str, Any]:
     """Another method's trials do not touch a cell, nor do those of a task that is only scored."""
-    return {name: value for name, value in dataclasses.asdict(task).items() if name != "trials"}
+    told = dataclasses.asdict(task)
+    return {name: value for name, value in told.items() if name != "trials" and (name != "leave_out" or value)}
 
 
 def _preset(spec: MethodSpec, base: BaseSpec) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class TaskSpec:
         score_on: entries scored after training; default: this one.
         train: fields of ``TrainConfig`` for this task (``limit_train`` and ``limit_eval`` among them).
         trials: method -> settings to try here instead of the method's own, for tasks whose best settings lie elsewhere.
+        leave_out: test rows that a ``limit_eval`` of this size takes are left out, so that what was found on them can be
+            confirmed on others.
         num_labels, num_rows, mean_tokens: what ``--plan`` assumes without reading the data.
     """
 
@@ -56,6 +58,7 @@ class TaskSpec:
     score_on: tuple[str, ...] = ()
     train: dict[str, Any] = field(default_factory=dict)
     trials: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    leave_out: int = 0
     num_labels: int | None = None
     num_rows: int | None = None
     mean_tokens: int | None = None
@@ -101,7 +104,7 @@ class SearchSpec:
     """The search every trained method gets: ``trials`` short runs, scored on validation rows.
 
     Attributes:
-        trials: runs of each method.
+        trials: runs of each method; with 1 (or 0) nothing is searched, and a method's only setting is taken.
         share: part of the full run's optimizer steps that a trial takes.
         limit_validation: validation rows scored.
         criterion: ``metric`` (the task's headline; ties go to the lower loss) or ``loss``.

@@ -83,10 +83,15 @@ def _plain(value: Any) -> Any:
 def _summary(recipe: Recipe, gathered: Gathered) -> str:
     total = len(gathered.results) + len(gathered.failed) + len(gathered.missing)
     spec = recipe.search
+    searched = (
+        f"Every trained method was searched with {spec.trials} runs of {spec.share:.0%} of the steps, compared on "
+        "validation rows."
+        if spec.trials > 1
+        else "Settings are given by the recipe; nothing was searched."
+    )
     return (
         f"{len(gathered.results)} of {total} cells done, {len(gathered.failed)} failed, {len(gathered.missing)} not "
-        f"run yet. Every trained method was searched with {spec.trials} runs of {spec.share:.0%} of the steps, "
-        "compared on validation rows."
+        f"run yet. {searched}"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import results
 from shadowpeft.evaluate.compare.budget import Sized, base_config, meta_base, solve, target_of
-from shadowpeft.evaluate.compare.methods import resolve
+from shadowpeft.evaluate.compare.methods import resolve, trials_of
 from shadowpeft.evaluate.compare.plan import Cell, fingerprint, search_of
 from shadowpeft.evaluate.compare.recipe import MethodSpec, Recipe, shadow_settings
 from shadowpeft.train.answers import Row
@@ -43,17 +43,24 @@ class Store:
         return dataclasses.replace(spec, shadow=shadow)
 
     def rows(self, name: str, split: str, limit: int | None = None) -> list[Row]:
-        """Rows of a task entry; a random sample of ``limit``, the same one every time.
+        """Rows of a task entry, of test rows without those the entry leaves out; a random sample of ``limit``, the same one
+        every time.
 
         Raises:
             ConfigError: the entry names data below a data root, and there is none.
         """
         if (name, split) not in self._rows:
-            self._rows[name, split] = load_rows(self.task(name), split, source=self._source(name))
+            rows = load_rows(self.task(name), split, source=self._source(name))
+            self._rows[name, split] = rows if split != "test" else self._not_left_out(name, rows)
         rows = self._rows[name, split]
-        if limit is None or limit >= len(rows):
-            return rows
-        return [rows[index] for index in sorted(random.Random(SAMPLE_SEED).sample(range(len(rows)), limit))]
+        return rows if limit is None or limit >= len(rows) else [rows[index] for index in _sample(len(rows), limit)]
+
+    def _not_left_out(self, name: str, rows: list[Row]) -> list[Row]:
+        num_left_out = self.recipe.tasks[name].leave_out
+        if num_left_out >= len(rows):
+            raise ConfigError(f"task {name!r} has {len(rows)} test rows and leaves out {num_left_out}: none is left")
+        left_out = set(_sample(len(rows), num_left_out))
+        return [row for index, row in enumerate(rows) if index not in left_out]
 
     def _source(self, name: str) -> Path | None:
         data = self.recipe.tasks[name].data
@@ -89,13 +96,24 @@ class Store:
         return solve(self.method(cell.method, cell.base), base, target, recipe.tolerance)
 
     def setting(self, cell: Cell, method: str) -> dict[str, float]:
-        """What the search of a cell chose for a method; empty where nothing was searched."""
+        """What the search of a cell chose for a method; with a single trial that one, and empty where nothing is trained."""
         needed = [each for each in cell.needs if search_of(cell, each).method == method]
         if not needed:
-            return {}
+            return self._only_setting(cell.task, method, cell.base)
         found = results.read_result(self.output, needed[0])
         if found is None or found["status"] != "done":
             raise ConfigError(f"the search {needed[0]} is not done; run it first, or --retry-failed")
         if found["fingerprint"] != fingerprint(self.recipe, search_of(cell, needed[0])):
             raise ConfigError(f"the search {needed[0]} was made with other settings than the recipe has; run it again first")
         return found["chosen"]
+
+    def _only_setting(self, task: str, method: str, base: str) -> dict[str, float]:
+        recipe = self.recipe
+        if recipe.search.trials != 1 or recipe.is_untrained(method):
+            return {}
+        return trials_of(self.method(method, base), 1, recipe.tasks[task].trials.get(method, ()))[0]
+
+
+def _sample(count: int, limit: int) -> list[int]:
+    """The same indices every time, in order."""
+    return sorted(random.Random(SAMPLE_SEED).sample(range(count), limit))
