@@ -209,7 +209,7 @@ def info(
 
 
 @app.command()
-@with_flags
+@with_flags(training_flags())
 def demo(**flags: Any) -> None:
     """The main job on the base and data that come with the package: minutes on two CPU cores, no network."""
     commands.demo(flags, console)
@@ -292,7 +292,7 @@ def compare(
     """Compare methods at equal budget and equal search, and report with intervals and paired tests."""
     from shadowpeft.evaluate.compare import compare as run_comparison
 
-    run_comparison(
+    done = run_comparison(
         recipe,
         console,
         output=output,
@@ -306,6 +306,8 @@ def compare(
         retry_failed=retry_failed,
         report_only=report_only,
     )
+    if any(line.problem for line in done) if isinstance(done, list) else done.failed:
+        raise typer.Exit(1)  # what failed is on record; a script should see it too
 
 
 cli_deploy.add_verbs(app, console)

@@ -11,6 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from shadowpeft import cli
+from shadowpeft.evaluate.compare.runner import Counts
 from shadowpeft.model import bases
 from shadowpeft.train.callbacks import MetricLines
 from shadowpeft.train.checkpoints import newest_checkpoint
@@ -49,6 +50,12 @@ def shadowpeft(monkeypatch, capsys):
         return code, out, err
 
     return run
+
+
+def test_a_comparison_with_failed_cells_says_so_to_a_script(shadowpeft, tmp_path, monkeypatch):
+    for counts, code in ((Counts(done=1), 0), (Counts(done=1, failed=1), 1)):
+        monkeypatch.setattr("shadowpeft.evaluate.compare.compare", lambda *args, counts=counts, **options: counts)
+        assert shadowpeft("compare", tmp_path / "any.yaml")[0] == code
 
 
 def train_arguments(bench, output, *more, task="intent", data="intents", steps=8):

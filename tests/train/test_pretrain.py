@@ -110,9 +110,12 @@ def test_a_stopped_run_goes_on_to_the_same_weights(place):
 
 
 def test_blocks_of_the_base_and_fresh_ones_are_pretrained_behind_its_own_embeddings(place):
-    for index, fields in enumerate(({"shadow": "base:last:2"}, {"shadow": "implicit", "shadow_hidden_size": 16})):
+    narrow = {"shadow_hidden_size": 16, "shadow_num_attention_heads": 2, "shadow_num_key_value_heads": 1}
+    for index, fields in enumerate(({"shadow": "base:last:2"}, {"shadow": "implicit", **narrow})):
         done = run(config(place, objective="distill", output=str(place / f"run{index}"), **fields))
         plain = AutoModelForCausalLM.from_pretrained(done.shadow)
+        if fields["shadow"] == "implicit":
+            assert (plain.config.num_attention_heads, plain.config.num_key_value_heads) == (2, 1)
         model = get_shadow_model(base_again(place), tiny_config(shadow_model=str(done.shadow), adapter_dtype="float32"))
         with torch.no_grad():
             shadow = model.eval()(tokens(), output_shadow_logits=True).shadow_logits

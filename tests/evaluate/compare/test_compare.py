@@ -22,7 +22,7 @@ from shadowpeft.evaluate.compare.plan import ADDED, cells_of, fingerprint, plan_
 from shadowpeft.evaluate.compare.results import read_result
 from shadowpeft.evaluate.compare.runner import pending_cells
 from shadowpeft.evaluate.compare.store import Store
-from shadowpeft.evaluate.compare.tables import main_table, variant_table
+from shadowpeft.evaluate.compare.tables import main_table, search_table, variant_table
 from shadowpeft.evaluate.compare.training import train_method
 from shadowpeft.evaluate.compare.worker import serve
 from shadowpeft.train.groups import heads_of
@@ -33,6 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. i
 
 EVERYTHING = {
     "main": {"tasks": ["classes", "e2e"], "score_detached": True},
+    "further_baselines": ["dora"],
     "transfer": {"tasks": ["commands", "orders"], "methods": ["none", "lora", "shadow"], "seeds": [0]},
     "scaling": {"tasks": ["e2e"], "methods": ["lora", "shadow"], "budgets": [10000, 14000], "seeds": [0]},
     "ablations": {
@@ -194,7 +195,8 @@ def test_raw_generations_are_kept_beside_each_result(everything):
     for result in results_of(everything[1], "main"):
         packed = (everything[1] / "cells" / result["generations"]["file"]).read_bytes()
         rows = [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
-        assert len(rows) == result["generations"]["rows_kept"] == 12
+        models = 2 if "detached" in result else 1
+        assert len(rows) == result["generations"]["rows_kept"] == 12 * models
         assert {"task", "prompt", "prediction", "extracted", "target", "score"} == set(rows[0])
 
 
@@ -224,11 +226,14 @@ def test_latency_holds_merged_and_unmerged_lora_and_the_shadow_attached_and_deta
         "base",
         "lora (merged)",
         "lora (unmerged)",
+        "dora (merged)",
         "dora (unmerged)",
         "shadow (attached)",
+        "shadow (attached, speculative)",
         "shadow (detached)",
     } <= names
     assert {entry["batch_size"] for entry in entries} == {1, 2}
+    assert {entry["prompt_tokens"] for entry in entries} == {8}  # of both batch sizes, so they can be compared
 
 
 def test_the_report_has_every_part_and_its_pictures(everything):
@@ -237,6 +242,8 @@ def test_the_report_has_every_part_and_its_pictures(everything):
     for heading in (
         "Main table: tiny",
         "Difference to lora: tiny",
+        "Difference to dora: tiny",
+        "Other metrics",
         "Transfer",
         "Scaling",
         "Ablations",
@@ -248,6 +255,90 @@ def test_the_report_has_every_part_and_its_pictures(everything):
     assert all((output / name).stat().st_size for name in ("main.png", "scaling.png", "latency.png", "summary.json"))
     page = (output / "report.html").read_text()
     assert page.count("<table>") == text.count("\n|---") and page.count("data:image/png") == 3
+
+
+def test_a_second_baseline_has_its_own_differences(everything):
+    rows = main_table(gather(read_recipe(everything[0]), everything[1]))
+    found = {(row["method"], row["task"] or row["mean_of"]): row for row in rows}
+    to_lora, to_dora = (
+        found["shadow", "classes"]["score"].value - found[other, "classes"]["score"].value for other in ("lora", "dora")
+    )
+    assert found["shadow", "classes"]["difference"].value == pytest.approx(to_lora)
+    assert found["shadow", "classes"]["further"]["dora"].value == pytest.approx(to_dora)
+    assert found["lora", "classes"]["difference"] is None and set(found["lora", "classes"]["further"]) == {"dora"}
+
+
+def test_a_result_says_its_seed_and_its_base_and_keeps_what_the_detached_shadow_wrote(everything):
+    result = read_result(everything[1], "main--tiny--e2e--shadow--seed0")
+    assert result["cell"]["seed"] == 0 and len(result["base_revision"]) == 64
+    assert "seed" not in read_result(everything[1], "search--tiny--e2e--shadow")["cell"]
+    lines = gzip.decompress((everything[1] / "cells" / result["generations"]["file"]).read_bytes()).decode().splitlines()
+    modes = [json.loads(line).get("mode", "attached") for line in lines]
+    assert modes == ["attached"] * 12 + ["detached"] * 12
+
+
+def test_the_report_tells_where_a_search_ended_at_the_edge_of_its_range(everything):
+    rows = search_table(gather(read_recipe(everything[0]), everything[1]))
+    assert {row["is_end"] for row in rows} == {True}  # two trials have no middle
+    assert "yes, the range's end" in (everything[1] / "report.md").read_text()
+
+
+def test_an_ablation_stands_beside_the_unchanged_method_with_the_same_seeds(everything):
+    gathered = gather(read_recipe(everything[0]), everything[1])
+    (row,) = [row for row in variant_table(gathered, "ablations") if row["variant"] == "no update"]
+    unchanged = read_result(everything[1], "main--tiny--classes--shadow--seed0")  # of the ablation's only seed
+    assert row["unchanged"].value == pytest.approx(unchanged["scores"]["classes"]["metrics"]["accuracy"])
+    assert row["unchanged_trainable"] > row["trainable"]
+
+
+def test_an_ablation_can_name_the_method_it_changes(tmp_path):
+    variants = {"shared": {"share_steps": True}, "other, no update": {"method": "other", "use_update": False}}
+    values = comparisons.small_recipe(ablations={"tasks": ["classes"], "variants": variants})
+    values["methods"]["other"] = {"kind": "shadow", "shadow": {"r": 4}}
+    cells = plan_cells(read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values)))
+    found = {cell.variant: (cell.method, dict(cell.overrides), cell.needs) for cell in cells if cell.section == "ablations"}
+    assert found == {
+        "shared": ("shadow", {"share_steps": True}, ("search--tiny--classes--shadow",)),
+        "other, no update": ("other", {"use_update": False}, ("search--tiny--classes--other",)),
+    }
+
+
+def test_rows_left_out_are_those_that_a_limit_takes(root, tmp_path):
+    values = comparisons.small_recipe()
+    stores = []
+    for left_out in (0, 12):
+        values["tasks"]["commands"]["leave_out"] = left_out
+        recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+        stores.append(Store(recipe=recipe, output=tmp_path, data_root=root))
+    before, rest = stores[0].rows("commands", "test", 12), stores[1].rows("commands", "test")
+    positions = [next(i for i, row in enumerate(stores[0].rows("commands", "test")) if row is each) for each in before]
+    assert len(before) == 12 and len(rest) == 8  # of 20 test rows
+    kept = [row for i, row in enumerate(stores[0].rows("commands", "test")) if i not in positions]
+    assert rest == kept and stores[0].rows("commands", "train") == stores[1].rows("commands", "train")
+    values["tasks"]["commands"]["leave_out"] = 20
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    with pytest.raises(ConfigError, match="has 20 test rows and leaves out 20: none is left"):
+        Store(recipe=recipe, output=tmp_path, data_root=root).rows("commands", "test")
+
+
+def test_a_single_trial_is_taken_without_a_search(root, tmp_path):
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["commands"], "methods": ["none", "lora"]})
+    values["search"] = {"trials": 1}
+    values["tasks"]["commands"]["trials"] = {"lora": [{"learning_rate": 0.0123}]}
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    assert {cell.section for cell in plan_cells(read_recipe(recipe))} == {"main"}
+    assert len(run_here(recipe, tmp_path / "out", root)) == 2
+    assert read_result(tmp_path / "out", "main--tiny--commands--lora--seed0")["setting"] == {"learning_rate": 0.0123}
+    compare(recipe, Console(quiet=True), output=tmp_path / "out", data_root=root, report_only=True)
+    assert "nothing was searched" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_methods_that_no_section_has_are_named(root, tmp_path):
+    values = comparisons.small_recipe(main={"tasks": ["commands"], "methods": ["none", "lora", "shadow"]})
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    said = io.StringIO()
+    compare(recipe, Console(file=said, width=200), output=tmp_path / "out", data_root=root, plan=True)
+    assert "in no section of the recipe, so never run: probe, dora, full" in said.getvalue()
 
 
 def test_results_name_no_place_of_this_machine(everything, root):
@@ -503,6 +594,10 @@ def is_lora_on_orders(result: dict) -> bool:
         ({"tasks": {"trec": {"trials": {"lora": [{"shadow_alpha": 0.1}] * 2}}}}, "unknown key 'shadow_alpha'"),
         ({"methods": {"lora": {}, "shadow": {}, "shadow-pretrained": {}}}, "shadow_model"),
         ({"bases": {"a--b": {"path": "base"}}}, "cannot name an entry"),
+        ({"methods": {"lora": {"train": {"batch_size": 8}}, "shadow": {}}}, "'lora' sets batch_size, which all methods have"),
+        ({"tasks": {"trec": {"trials": {"lora": [{"max_steps": 9}] * 2}}}}, "sets max_steps, which all methods have alike"),
+        ({"ablations": {"variants": {"a": {"method": "typo"}}}}, "unknown method 'typo'"),
+        ({"further_baselines": ["typo"]}, "unknown method 'typo'"),
     ],
 )
 def test_a_recipe_that_cannot_be_run_is_refused_with_the_reason(tmp_path, changes, message):

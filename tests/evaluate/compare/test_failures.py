@@ -15,7 +15,7 @@ from shadowpeft.evaluate.compare import cells as cells_module
 from shadowpeft.evaluate.compare import compare, read_recipe, runner
 from shadowpeft.evaluate.compare.cells import run_cell
 from shadowpeft.evaluate.compare.gather import gather
-from shadowpeft.evaluate.compare.plan import plan_cells
+from shadowpeft.evaluate.compare.plan import Cell, plan_cells
 from shadowpeft.evaluate.compare.report import write_report
 from shadowpeft.evaluate.compare.runner import run_cells
 from shadowpeft.evaluate.compare.store import Store
@@ -77,6 +77,41 @@ def test_a_search_whose_trials_all_diverge_fails_with_the_way_out(finished, root
         run_cell(search_cell(store, "lora"), store)
 
 
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), None])
+def test_a_search_without_a_finite_loss_chooses_nothing(finished, root, tmp_path, monkeypatch, loss):
+    store = Store(recipe=read_recipe(finished[0]), output=tmp_path, data_root=root)
+    monkeypatch.setattr(cells_module, "_trial", lambda *args: {"metric": 0.9, "loss": loss, "train": {}})
+    with pytest.raises(NotFiniteError, match=r"every trial of search--tiny--commands--lora diverged"):
+        run_cell(search_cell(store, "lora"), store)
+
+
+def test_a_process_that_cannot_be_started_ends_the_run_with_the_reason(finished, tmp_path):
+    """Two workers: one would wait for the other's search for ever."""
+    recipe = read_recipe(finished[0])
+    cells = plan_cells(recipe)
+    with pytest.raises(FileNotFoundError):
+        run_cells(recipe, cells, tmp_path, ["/no/such/program"], workers=2, threads=1, timeout=1.0, tell=lambda line: None)
+
+
+def test_latencies_are_timed_with_nothing_beside():
+    timed = Cell(section="latency", base="b", task="t", method="all")
+    others = [Cell(section="main", base="b", task="t", method="lora", seed=seed) for seed in range(2)]
+    queue = runner.Queue(pending=[others[0], timed, others[1]])
+    first, second = queue.take(), queue.take()
+    assert (first, second) == (others[0], others[1])  # the timed cell waits
+    queue.finish(first, is_failed=False)
+    queue.finish(second, is_failed=False)
+    assert queue.take() == timed
+    queue.pending.append(others[0])
+    waiting = threading.Thread(target=queue.take, daemon=True)
+    waiting.start()
+    waiting.join(timeout=0.2)  # seconds; it must not get a cell
+    assert waiting.is_alive() and queue.pending == [others[0]]
+    queue.finish(timed, is_failed=False)
+    waiting.join(timeout=60)
+    assert queue.pending == []
+
+
 @pytest.mark.parametrize("what", ["test", "training"])
 def test_a_result_on_other_rows_than_the_rest_is_kept_apart_and_said(finished, tmp_path, what):
     output = copy_of(finished, tmp_path / "out")
@@ -99,6 +134,19 @@ def test_a_result_on_other_rows_than_the_rest_is_kept_apart_and_said(finished, t
         for name in ("lora", "shadow")
     )
     assert "(seeds: 1)" in lora and "seeds:" not in shadow  # it has the two that are planned
+
+
+@pytest.mark.parametrize("what", ["validation rows of commands (at most 8)", "weights of tiny"])
+def test_a_result_of_another_search_or_base_is_kept_apart_and_said(finished, tmp_path, what):
+    output = copy_of(finished, tmp_path / "out")
+    is_search = what.startswith("validation")
+    name = "search--tiny--commands--shadow" if is_search else "main--tiny--commands--lora--seed1"
+    changed = output / "cells" / f"{name}.json"
+    result = json.loads(changed.read_text())
+    result["validation_revision" if is_search else "base_revision"] = "0" * 64
+    changed.write_text(json.dumps(result))
+    ((cell, failed),) = gather(read_recipe(finished[0]), output).failed
+    assert cell.id == changed.stem and failed["error"][-1].startswith(f"{what} are not those of the other cells")
 
 
 def test_a_base_with_fewer_rows_of_its_own_is_no_other_data(root, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,32 @@ def test_a_paper_recipe_solves_every_equal_budget_within_two_percent_and_knows_i
         assert line.steps is not None
         if line.sized.target is not None:
             assert line.sized.trainable == pytest.approx(line.sized.target, rel=0.02)
+        # No step of a linear probe, of all weights or of another model's has been measured.
+        assert (line.hours is None) == (recipe.methods[line.method].kind in ("probe", "full", "shadow-pretrained")) or (
+            path.stem.startswith("llama") and line.method == "dora"
+        )
+
+
+def test_hours_go_by_the_tokens_of_a_step(tmp_path):
+    recipe = read_recipe(RECIPES / "paper" / "qwen3-8b-gsm8k.yaml")
+    lines = estimate(plan_cells(recipe), Store(recipe=recipe, output=tmp_path))
+    (lora,) = [line for line in lines if (line.section, line.method) == ("main", "lora")]
+    seconds = next(row["seconds"] for row in measured_steps("8B") if row["row"] == "LoRA attention")
+    # 16 rows of 240 tokens, of a measured step of 4,096; four epochs of 7,473 rows, three seeds.
+    assert lora.hours == pytest.approx(3 * 4 * math.ceil(7473 / 16) * seconds * 16 * 240 / 4096 / 3600, rel=0.01)
+
+
+@pytest.mark.parametrize("size", ["0.6B", "4B", "8B"])
+def test_step_times_of_the_paper_s_recipes_are_those_of_the_results(size):
+    found = {row["row"]: row["seconds"] for row in measured_steps(size)}
+    for path in (path for path in PAPER if path.stem.startswith(f"qwen3-{size.lower()}")):
+        (base,) = read_recipe(path).bases.values()
+        expected = {"lora": found["LoRA attention"], "dora": found["DoRA all linear"], "shadow": found["ours"]}
+        assert base.step_seconds == pytest.approx(expected, abs=5e-4)  # as rounded in the recipe
+
+
+def measured_steps(size: str) -> list[dict]:
+    return json.loads((RESULTS / f"train_step-{size}.json").read_text())["rows"]
 
 
 def test_the_board_recipe_estimates_hours_from_its_published_step_times(tmp_path):

@@ -7,6 +7,7 @@ from shadowpeft.evaluate.compare.statistics import (
     estimate,
     mean_difference,
     mean_of_rows,
+    quantiles_of_t,
     row_by_row,
 )
 from shadowpeft.train.answers import BLEU, bleu_counts
@@ -83,6 +84,15 @@ def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(seeds)
     assert 180 <= covered < 200
     # p and interval are one statement; draws at the edge may fall on either side.
     assert all((gap.p < 0.05) != (gap.low <= 0 <= gap.high) for gap in gaps if abs(gap.p - 0.05) > 0.004)
+
+
+@pytest.mark.parametrize(("freedom", "table"), [(2, {0.95: 2.920, 0.975: 4.303}), (4, {0.95: 2.132, 0.975: 2.776})])
+def test_the_draws_of_t_have_the_quantiles_of_its_table(freedom, table):
+    draws = quantiles_of_t(freedom, 4000)
+    for probability, value in table.items():
+        # Four million draws place these quantiles to 0.2 %, steps of 1 in 4000 to 0.5 %.
+        assert draws.quantile(probability).item() == pytest.approx(value, rel=0.01)
+    assert torch.equal(draws, -draws.flip(0))  # so that an interval does not lean to one side by chance
 
 
 def test_with_one_seed_the_interval_is_of_rows_alone():

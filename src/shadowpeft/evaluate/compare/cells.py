@@ -10,7 +10,7 @@ from shadowpeft.evaluate.compare.latency import measure_latency
 from shadowpeft.evaluate.compare.loss import answer_loss
 from shadowpeft.evaluate.compare.methods import trials_of
 from shadowpeft.evaluate.compare.plan import Cell
-from shadowpeft.evaluate.compare.recipe import ADAPTERS
+from shadowpeft.evaluate.compare.recipe import methods_of
 from shadowpeft.evaluate.compare.scoring import described, evaluate_rows, loss_options, score
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.compare.training import Payload, train_method
@@ -40,6 +40,7 @@ def run_cell(cell: Cell, store: Store) -> tuple[Payload, list[dict[str, Any]]]:
         "target": fitted.sized.target,
         "sizes": _sizes(fitted.sized),
         "config": fitted.config.to_dict() | {"shadow": None},
+        "base_revision": fitted.base_revision,
         "train": fitted.cost,
         "scores": scores,
     }
@@ -50,6 +51,8 @@ def run_cell(cell: Cell, store: Store) -> tuple[Payload, list[dict[str, Any]]]:
         payload["detached"] = {
             name: described(evaluation, fitted, detached, cell, store, name) for name, evaluation in found.items()
         }
+        for name, evaluation in found.items():
+            generations += [{"task": name, "mode": "detached", **row} for row in evaluation.generations]
     return payload, generations
 
 
@@ -74,10 +77,12 @@ def search(cell: Cell, store: Store) -> Payload:
         except NotFiniteError as error:  # too high a rate is an answer too; other settings may well learn
             trials.append({"setting": setting, "metric": None, "loss": None, "diverged": str(error), "train": {}})
     best = max(trials, key=_quality)
-    if "diverged" in best:
-        raise NotFiniteError(f"every trial of {cell.id} diverged, the last one: {best['diverged']}; give it lower rates")
+    if best["loss"] is None or not math.isfinite(best["loss"]):
+        why = best.get("diverged", f"a loss of {best['loss']}")
+        raise NotFiniteError(f"every trial of {cell.id} diverged, the last one: {why}; give it lower rates")
     return {
         "chosen": best["setting"],
+        "seed": spec.seed,
         "trials": trials,
         "validation_rows": len(rows),
         "validation_revision": data_revision(rows),
@@ -99,8 +104,9 @@ def _trial(cell: Cell, store: Store, setting: Payload, rows: list[Row]) -> Paylo
 
 def _quality(trial: Payload) -> tuple[float, float]:
     """The metric, then the loss; a run that diverged loses against any other."""
-    loss = math.inf if trial["loss"] is None else trial["loss"]
-    return trial["metric"] or 0.0, -loss if math.isfinite(loss) else -math.inf
+    if trial["loss"] is None or not math.isfinite(trial["loss"]):
+        return -1.0, -math.inf
+    return trial["metric"] or 0.0, -trial["loss"]
 
 
 # ---------------------------------------------------------------- latency
@@ -109,7 +115,7 @@ def _quality(trial: Payload) -> tuple[float, float]:
 def _latency(cell: Cell, store: Store) -> Payload:
     """Trains each adapter as the main table does (drafts need a trained shadow), then times all of them together."""
     fitted = {}
-    for name in [name for name, method in store.recipe.methods.items() if method.kind in ADAPTERS]:
+    for name in methods_of(store.recipe, "latency"):
         own = replace(cell, section="main", method=name)
         fitted[name] = train_method(own, store, store.setting(cell, name), seed=cell.seed)
     kinds = {name: store.recipe.methods[name].kind for name in fitted}

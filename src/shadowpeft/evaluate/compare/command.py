@@ -12,7 +12,7 @@ from shadowpeft.evaluate.compare.estimate import Estimated, estimate, num_labels
 from shadowpeft.evaluate.compare.gather import gather
 from shadowpeft.evaluate.compare.measure import measure_steps
 from shadowpeft.evaluate.compare.plan import cells_of, plan_cells
-from shadowpeft.evaluate.compare.recipe import SEARCH, SECTIONS, known, read_recipe
+from shadowpeft.evaluate.compare.recipe import SEARCH, SECTIONS, known, read_recipe, unused_methods
 from shadowpeft.evaluate.compare.report import write_report
 from shadowpeft.evaluate.compare.runner import Counts, pending_cells, run_cells, worker_command
 from shadowpeft.evaluate.compare.store import Store
@@ -48,6 +48,8 @@ def compare(
         raise ConfigError(f"workers={workers} and threads={threads} must both be at least 1")
     if data_root is not None and not data_root.is_dir():
         raise ConfigError(f"there is no folder {data_root}; --data-root is where the recipe's relative paths start")
+    if unused := unused_methods(read):
+        console.print(f"in no section of the recipe, so never run: {', '.join(unused)}", markup=False)
     output = Path("runs") / read.name if output is None else output
     if plan or measure:
         store = Store(recipe=read, output=output, data_root=data_root)
@@ -115,7 +117,10 @@ def _hours_said(lines: list[Estimated]) -> str:
     said = []
     if sources:
         whole, left = sum(hours for hours, _ in timed), sum(hours * share for hours, share in timed)
-        said.append(f"training: {whole:,.1f} hours, {left:,.1f} of them left, by step times measured on {', '.join(sources)}")
+        said.append(
+            f"training, without scoring: {whole:,.1f} hours, {left:,.1f} of them left, by step times measured on "
+            f"{', '.join(sources)}"
+        )
     unknown = sum(line.hours is None and line.section != "latency" for line in lines)
     if unknown:
         said.append(f"not counted: {unknown} lines without a measured step time (bases: step_seconds)")

@@ -110,10 +110,13 @@ def _of_group(group: list[Cell], store: Store, times: Mapping[StepKey, StepTime]
     kind = recipe.methods[cell.method].kind
     given = spec.step_seconds.get(cell.method, spec.step_seconds.get(kind))
     time = times.get((cell.base, cell.task, cell.method))
+    tokens = recipe.tasks[cell.task].mean_tokens or config.max_length
     if time is None and given is not None:
-        time = StepTime(seconds=given, source=spec.measured_on or "the recipe's base")
+        step = config.batch_size * config.gradient_accumulation * tokens
+        share = 1.0 if spec.step_tokens is None else step / spec.step_tokens
+        time = StepTime(seconds=given * share, source=spec.measured_on or "the recipe's base")
     shape = base_config(store.base_path(cell.base), spec.config)
-    memory = memory_bytes(shape, config, sized, tokens=recipe.tasks[cell.task].mean_tokens or config.max_length)
+    memory = memory_bytes(shape, config, sized, tokens=tokens)
     return Estimated(
         **shared,
         sized=sized,

@@ -80,6 +80,11 @@ def _revisions(recipe: Recipe, cell: Cell, result: Entry) -> dict[str, str]:
         named(f"test rows of {name}", recipe.train_config(cell.base, name, cell.method).limit_eval): score["revision"]
         for name, score in result.get("scores", {}).items()
     }
+    if "validation_revision" in result:
+        what = f"validation rows of {cell.task} (at most {recipe.search.limit_validation})"
+        found[what] = result["validation_revision"]
+    if "base_revision" in result:  # results of before have none
+        found[f"weights of {cell.base}"] = result["base_revision"]
     if result.get("train"):
         found[named(f"training rows of {cell.task}", result["config"]["limit_train"])] = result["train"]["revision"]
     return found

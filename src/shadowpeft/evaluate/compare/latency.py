@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +35,9 @@ def measure_latency(
         adapted: method -> trained model.
         settings: ``prompt_tokens`` (prompts are cut or repeated to it), ``new_tokens``, ``batch_sizes``, ``rounds``.
 
-    Every round times every variant once, in turn, so that a machine's drift meets all alike.
+    Every round times every variant once, in turn, so that a machine's drift meets all alike. A further token's time is that of
+    the whole answer less the prefill's, divided by the number of further tokens; of a drafting variant, whose first drafts
+    are checked in the pass that reads the prompt, the prefill is that of plain decoding.
     """
     variants = variants_of(base, adapted, kinds)
     new_tokens, rounds = settings.get("new_tokens", 32), settings.get("rounds", 5)
@@ -86,9 +89,13 @@ def can_draft(model: Any) -> bool:
 def prompt_batch(
     tokenizer: PreTrainedTokenizerBase, task: Task, rows: Sequence[Row], batch_size: int, num_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """``batch_size`` prompts of the task, each cut from the left to at most ``num_tokens``, padded at the left."""
+    """``batch_size`` prompts of the task, all of ``num_tokens``: repeated until they are long enough, then cut from the left.
+
+    So every batch size has prompts of one length and none has padding, which backends treat differently.
+    """
     chosen = [rows[index % len(rows)] for index in range(batch_size)]
-    ids = [cut_left(tokenizer, prompt_ids(task, tokenizer, row), num_tokens) for row in chosen]
+    ids = [prompt_ids(task, tokenizer, row) for row in chosen]
+    ids = [cut_left(tokenizer, each * math.ceil(num_tokens / len(each)), num_tokens) for each in ids]
     return AnswerCollator(tokenizer, side="left")([{"input_ids": each} for each in ids])
 
 

@@ -44,8 +44,8 @@ def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Par
     parts = []
     for base in dict.fromkeys(entry["base"] for entry in tables["main"]):
         parts += _main_parts(gathered.recipe, base, [entry for entry in tables["main"] if entry["base"] == base])
-    others = [_transfer_part(gathered.recipe, tables), _scaling_part(gathered.recipe, tables), _ablation_part(tables)]
-    others += [_latency_part(tables), _cost_part(tables), _search_part(tables)]
+    others = [_metrics_part(tables), _transfer_part(gathered.recipe, tables), _scaling_part(gathered.recipe, tables)]
+    others += [_ablation_part(tables), _latency_part(tables), _cost_part(tables), _search_part(tables)]
     parts += [part for part in others if part]
     failed = _failed_part(gathered)
     return [*parts, failed] if failed else parts
@@ -61,12 +61,13 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
     columns = ["method", *(f"{name} ({metrics[name]})" for name in scored), *means]
     usual = len(recipe.sections.get("main", {}).get("seeds", recipe.seeds))
 
-    def row(method: str, field: str, form: Callable[[Any], str]) -> list[str]:
+    def row(method: str, value: Callable[[Entry], str]) -> list[str]:
         texts = []
         for name in (*scored, *means):
             cell = found.get((method, name))
-            texts.append(form(cell[field]) if cell else "")
-            if cell and name in scored and not recipe.is_untrained(cell["method"]) and len(cell["seeds"]) != usual:
+            texts.append(value(cell) if cell else "")
+            is_counted = name in scored and not recipe.is_untrained(method)
+            if cell and texts[-1] and is_counted and len(cell["seeds"]) != usual:
                 texts[-1] += f" (seeds: {len(cell['seeds'])})"
             if cell and name in means and cell["num_tasks"] < largest[name]:
                 texts[-1] += f" ({cell['num_tasks']} tasks)"
@@ -74,14 +75,35 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
 
     said = f"{METHOD_NOTE} Seeds: {usual} where nothing else is said."
     return [
-        (f"Main table: {base}", said, columns, [row(method, "score", _score) for method in methods]),
+        (f"Main table: {base}", said, columns, [row(method, lambda cell: _score(cell["score"])) for method in methods]),
         (
             f"Difference to {recipe.baseline}: {base}",
             "",
             columns,
-            [row(method, "difference", _gap) for method in methods if method != recipe.baseline],
+            [row(method, lambda cell: _gap(cell["difference"])) for method in methods if method != recipe.baseline],
+        ),
+        *(
+            (
+                f"Difference to {other}: {base}",
+                "Of the seeds that both have; means are over the tasks that both have.",
+                columns,
+                [row(each, lambda cell, other=other: _gap(cell["further"].get(other))) for each in methods if each != other],
+            )
+            for other in recipe.further_baselines
+            if other in methods
         ),
     ]
+
+
+def _metrics_part(tables: dict[str, list[Entry]]) -> Part | None:
+    rows = [
+        [entry["method"], entry["base"], entry["scored"], name.replace("_", " "), f"{100 * value:.1f}"]
+        for entry in tables["main"]
+        if entry["scored"]
+        for name, value in entry["other_metrics"].items()
+    ]
+    text = "What else a task measures beside the metric of the main table; means over seeds, times 100."
+    return ("Other metrics", text, ["method", "base", "task", "metric", "mean"], rows) if rows else None
 
 
 def _transfer_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | None:
@@ -112,13 +134,21 @@ def _scaling_part(recipe: Recipe, tables: dict[str, list[Entry]]) -> Part | None
 
 def _ablation_part(tables: dict[str, list[Entry]]) -> Part | None:
     rows = [
-        [entry["variant"], entry["base"], entry["scored"], f"{entry['trainable']:,}", _score(entry["score"]),
-         _gap(entry["difference"])]
+        [entry["variant"], entry["method"], entry["base"], entry["scored"], _more_weights(entry), _score(entry["score"]),
+         _score(entry["unchanged"]) if "unchanged" in entry else "", _gap(entry["difference"])]
         for entry in sorted(tables["ablations"], key=lambda e: (e["base"], e["scored"]))
     ]  # fmt: skip
-    text = "One thing changed, all else (sizes and searched settings too) as in the main table."
-    columns = ["variant", "base", "task", "trained parameters", "score", "difference to unchanged"]
+    text = (
+        "One thing changed, all else (given sizes and searched settings too) as in the main table; what is changed can add "
+        "weights or take some away. The unchanged method's score is of the same seeds."
+    )
+    columns = ["variant", "of", "base", "task", "trained parameters", "score", "unchanged", "difference to unchanged"]
     return ("Ablations", text, columns, rows) if rows else None
+
+
+def _more_weights(entry: Entry) -> str:
+    before = entry.get("unchanged_trainable")
+    return f"{entry['trainable']:,}" + ("" if not before else f" ({entry['trainable'] / before - 1:+.0%})")
 
 
 def _latency_part(tables: dict[str, list[Entry]]) -> Part | None:
@@ -153,7 +183,7 @@ def _search_part(tables: dict[str, list[Entry]]) -> Part | None:
         [entry["method"], entry["base"], entry["task"], _number(entry["parameters"], ","), _setting(entry["setting"]),
          _number(entry["loss"], ".3f"),
          _number(entry["detached_loss"], ".3f"), "" if entry["metric"] is None else f"{100 * entry['metric']:.1f}",
-         "yes" if entry["is_chosen"] else ""]
+         ("yes, the range's end" if entry["is_end"] else "yes") if entry["is_chosen"] else ""]
         for entry in tables["search"]
     ]  # fmt: skip
     columns = ["method", "base", "task", "other budget", "setting", "answer loss", "of the detached shadow", "metric", "chosen"]

@@ -10,7 +10,7 @@ from typing import Any
 from shadowpeft.core import ShadowConfig
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare.budget import shadow_config
-from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, Recipe, TaskSpec, shadow_settings
+from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, Recipe, TaskSpec, methods_of, shadow_settings
 from shadowpeft.train.tasks import TASKS
 
 # Fields of ShadowConfig that came after the first results, with the value at which they change nothing.
@@ -115,7 +115,7 @@ def _main(recipe: Recipe) -> list[Cell]:
             for base in _entries(settings, "bases", recipe.bases):
                 for task in tasks:
                     own = recipe.tasks[task].score_on or (task,)
-                    for method in _entries(settings, "methods", recipe.methods):
+                    for method in methods_of(recipe, section):
                         key = (base, task, method, seed)
                         if not _applies(recipe, task, method) or (recipe.is_untrained(method) and seed != seeds[0]):
                             continue
@@ -148,7 +148,7 @@ def scaling_cells(recipe: Recipe) -> list[Cell]:
     settings = recipe.sections.get("scaling")
     if settings is None:
         return []
-    methods = _entries(settings, "methods", {name: m for name, m in recipe.methods.items() if m.kind in ADAPTERS})
+    methods = methods_of(recipe, "scaling")
     for name in methods:
         if recipe.methods[name].kind not in ADAPTERS or recipe.methods[name].budget != "equal":
             raise ConfigError(f"scaling cannot change the size of {name!r}: choose LoRA, DoRA or a shadow of equal budget")
@@ -186,8 +186,10 @@ def _ablations(recipe: Recipe) -> list[Cell]:
     settings = recipe.sections.get("ablations")
     if settings is None:
         return []
-    method = settings.get("method", recipe.reference)
-    _check_variants(recipe.methods[method], settings["variants"])
+    usual = settings.get("method", recipe.reference)
+    variants = {name: (changes.get("method", usual), _changed(changes)) for name, changes in settings["variants"].items()}
+    for name, (method, overrides) in variants.items():
+        _check_variant(name, recipe.methods[method], overrides)
     return [
         Cell(
             section="ablations",
@@ -203,25 +205,27 @@ def _ablations(recipe: Recipe) -> list[Cell]:
         for seed in settings.get("seeds", recipe.seeds)
         for base in _entries(settings, "bases", recipe.bases)
         for task in _entries(settings, "tasks", recipe.tasks)
-        for name, overrides in settings["variants"].items()
+        for name, (method, overrides) in variants.items()
     ]
 
 
-def _check_variants(spec: MethodSpec, variants: dict[str, dict[str, Any]]) -> None:
+def _changed(changes: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``ShadowConfig`` that a variant changes, without the method it changes them of."""
+    return {name: value for name, value in changes.items() if name != "method"}
+
+
+def _check_variant(name: str, spec: MethodSpec, overrides: dict[str, Any]) -> None:
     """Refuses a variant that changes nothing: it would be the main table's training under another name."""
     if not spec.kind.startswith("shadow"):
         raise ConfigError(f"ablations change fields of ShadowConfig; their method is of kind {spec.kind!r}, not a shadow")
-    unchanged = shadow_config(spec, is_classifier=False)
-    for name, overrides in variants.items():
-        if shadow_config(spec, is_classifier=False, **overrides) == unchanged:
-            raise ConfigError(f"ablation {name!r} changes nothing: the method has {overrides} already; leave it out")
+    if shadow_config(spec, is_classifier=False, **overrides) == shadow_config(spec, is_classifier=False):
+        raise ConfigError(f"ablation {name!r} changes nothing: the method has {overrides} already; leave it out")
 
 
 def _latency(recipe: Recipe) -> list[Cell]:
     settings = recipe.sections.get("latency")
     if settings is None:
         return []
-    methods = [name for name, method in recipe.methods.items() if method.kind in ADAPTERS]
     task = settings["task"]
     return [
         Cell(
@@ -230,7 +234,7 @@ def _latency(recipe: Recipe) -> list[Cell]:
             task=task,
             method="all",
             seed=recipe.seeds[0],
-            needs=_search_ids(recipe, base, task, methods),
+            needs=_search_ids(recipe, base, task, methods_of(recipe, "latency")),
         )
         for base in _entries(settings, "bases", recipe.bases)
     ]
@@ -274,12 +278,13 @@ def search_of(cell: Cell, needed: str) -> Cell:
 
 def fingerprint(recipe: Recipe, cell: Cell) -> str:
     """Hash of all settings that decide a cell's result; a result with another one is out of date."""
-    methods = recipe.methods if cell.section == "latency" else {cell.method: recipe.methods[cell.method]}
+    names = methods_of(recipe, "latency") if cell.section == "latency" else [cell.method]
+    methods = {name: recipe.methods[name] for name in names}
     base = dataclasses.replace(recipe.bases[cell.base], step_seconds={}, measured_on=None)
     parts = {
         "cell": dataclasses.asdict(cell),
         "train": recipe.train,
-        "base": dataclasses.asdict(base),
+        "base": {name: value for name, value in dataclasses.asdict(base).items() if name != "step_tokens"},
         "tasks": {name: _without_trials(recipe.tasks[name]) for name in {cell.task, *cell.score_on}},
         "methods": {name: dataclasses.asdict(spec) for name, spec in methods.items()},
         "reference": dataclasses.asdict(recipe.methods[recipe.reference]),

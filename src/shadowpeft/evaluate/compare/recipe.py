@@ -12,6 +12,11 @@ from shadowpeft.train.tasks import TASKS
 
 KINDS = ("none", "probe", "lora", "dora", "shadow", "shadow-pretrained", "full")
 ADAPTERS = ("lora", "dora", "shadow")
+# What every method has alike; a method or one of its trials that had its own would be compared with others' training.
+EQUAL = frozenset(
+    {"base", "task", "data", "output", "resume", "max_steps", "epochs", "batch_size", "gradient_accumulation", "max_length",
+     "limit_train", "limit_eval", "seed", "dtype"}
+)  # fmt: skip
 DEFAULT_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
@@ -26,6 +31,7 @@ class BaseSpec:
         train: fields of ``TrainConfig`` for this base.
         shadow: fields of ``ShadowConfig`` for shadows on this base, such as their number of heads; a method's own win.
         step_seconds: method -> measured seconds of one optimizer step, for ``--plan``.
+        step_tokens: tokens of the step that was measured; a task's step is taken to cost in proportion. None: as long as here.
         measured_on: what measured them.
     """
 
@@ -35,6 +41,7 @@ class BaseSpec:
     train: dict[str, Any] = field(default_factory=dict)
     shadow: dict[str, Any] = field(default_factory=dict)
     step_seconds: dict[str, float] = field(default_factory=dict)
+    step_tokens: int | None = None
     measured_on: str | None = None
 
 
@@ -77,7 +84,7 @@ class MethodSpec:
         dropout: of LoRA and DoRA.
         shadow: fields of ``ShadowConfig``, and ``preset``.
         shadow_shape: a transformers config of a pretrained shadow, so that ``--plan`` needs no files of it.
-        train: fields of ``TrainConfig`` for this method.
+        train: fields of ``TrainConfig`` for this method, but for those that all methods have alike (``EQUAL``).
         trials: settings to try in the search, each ``{"learning_rate": ..., "shadow_alpha": ...}``; default: a
             spread over the method's usual range.
     """
@@ -120,7 +127,14 @@ class SearchSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole comparison. ``sections`` maps main, transfer, scaling, ablations and latency to their own settings."""
+    """A whole comparison.
+
+    Attributes:
+        reference: method whose size is the budget.
+        baseline: method that differences are taken to.
+        further_baselines: more of them, each with a table of its own.
+        sections: main, transfer, scaling, ablations and latency -> their own settings.
+    """
 
     name: str
     bases: dict[str, BaseSpec]
@@ -129,6 +143,7 @@ class Recipe:
     seeds: tuple[int, ...] = (0, 1, 2)
     reference: str = "shadow"
     baseline: str = "lora"
+    further_baselines: tuple[str, ...] = ()
     tolerance: float = 0.02
     train: dict[str, Any] = field(default_factory=dict)
     search: SearchSpec = SearchSpec()
@@ -151,7 +166,7 @@ SECTIONS = {
     "transfer": {"bases", "tasks", "methods", "seeds"},
     "scaling": {"bases", "tasks", "methods", "seeds", "budgets", "search"},
     "ablations": {"bases", "tasks", "method", "seeds", "variants"},
-    "latency": {"bases", "task", "prompts", "prompt_tokens", "new_tokens", "batch_sizes", "rounds"},
+    "latency": {"bases", "task", "methods", "prompts", "prompt_tokens", "new_tokens", "batch_sizes", "rounds"},
 }
 NEEDED = {"scaling": {"budgets"}, "ablations": {"variants"}, "latency": {"task"}}
 
@@ -178,6 +193,7 @@ def read_recipe(path: Path) -> Recipe:
             "methods": {name: _spec(MethodSpec, entry, kind=name) for name, entry in values["methods"].items()},
             "search": _spec(SearchSpec, values.get("search")),
             "seeds": tuple(values.get("seeds", Recipe.seeds)),
+            "further_baselines": tuple(values.get("further_baselines", ())),
             "sections": sections,
         }
     )
@@ -202,7 +218,7 @@ def _check(recipe: Recipe) -> None:
     for name in (*recipe.bases, *recipe.tasks, *recipe.methods):
         if "--" in name or "/" in name:
             raise ConfigError(f"{name!r} cannot name an entry: names become file names; leave out '--' and '/'")
-    known(recipe.methods, [recipe.reference, recipe.baseline], "method")
+    known(recipe.methods, [recipe.reference, recipe.baseline, *recipe.further_baselines], "method")
     if recipe.search.criterion not in ("metric", "loss"):
         raise ConfigError(f"search: criterion={recipe.search.criterion!r} is not valid; choose 'metric' or 'loss'")
     for name, method in recipe.methods.items():
@@ -212,11 +228,27 @@ def _check(recipe: Recipe) -> None:
         for key in NEEDED.get(name, set()) - section.keys():
             raise ConfigError(f"section {name!r} has no {key!r}; it needs one")
         known(recipe.tasks, [section["task"]] if "task" in section else (), "task")
-        known(recipe.methods, [section["method"]] if "method" in section else (), "method")
-        for key, entries in (("bases", recipe.bases), ("tasks", recipe.tasks), ("methods", recipe.methods)):
+        known(recipe.methods, methods_of(recipe, name), "method")
+        for key, entries in (("bases", recipe.bases), ("tasks", recipe.tasks)):
             known(entries, section.get(key, ()), key.removesuffix("s"))
     for base, task, method in itertools.product(recipe.bases, recipe.tasks, recipe.methods):
         recipe.train_config(base, task, method)  # a setting that no training would take is found before the first one
+
+
+def methods_of(recipe: Recipe, name: str) -> list[str]:
+    """The methods of a section: those it names, else all that it can take."""
+    section = recipe.sections[name]
+    if name == "ablations":
+        usual = section.get("method", recipe.reference)
+        return [usual, *(changes["method"] for changes in section["variants"].values() if "method" in changes)]
+    adapters = [method for method, spec in recipe.methods.items() if spec.kind in ADAPTERS]
+    return list(section.get("methods", adapters if name in ("scaling", "latency") else recipe.methods))
+
+
+def unused_methods(recipe: Recipe) -> list[str]:
+    """Methods that no section takes up: they are never run, which a report does not show."""
+    used = {recipe.reference, recipe.baseline}.union(*(methods_of(recipe, name) for name in recipe.sections))
+    return [name for name in recipe.methods if recipe.sections and name not in used]
 
 
 def _check_method(recipe: Recipe, name: str, method: MethodSpec) -> None:
@@ -226,8 +258,18 @@ def _check_method(recipe: Recipe, name: str, method: MethodSpec) -> None:
         raise ConfigError(f"method {name!r}: budget={method.budget!r} is not valid; choose 'equal' or 'own'")
     if method.kind == "shadow-pretrained" and "shadow_model" not in method.shadow:
         raise ConfigError(f"method {name!r}: set shadow: {{shadow_model: folder or hub name}} to say which shadow")
+    _check_equal(f"method {name!r}", method.train)
     if method.trials:
         _check_trials(recipe, name, f"method {name!r}", method.trials)
+
+
+def _check_equal(what: str, settings: dict[str, Any]) -> None:
+    unequal = sorted(EQUAL & settings.keys())
+    if unequal:
+        raise ConfigError(
+            f"{what} sets {', '.join(unequal)}, which all methods have alike; set it under 'train:' of the recipe, a task or "
+            "a base"
+        )
 
 
 def _check_trials(recipe: Recipe, name: str, what: str, trials: Any) -> None:
@@ -238,6 +280,7 @@ def _check_trials(recipe: Recipe, name: str, what: str, trials: Any) -> None:
         names |= {item.name for item in fields(ShadowConfig)}
     for trial in trials:
         check_keys(trial, names, what=f"the trials of {what}")
+        _check_equal(f"a trial of {what}", trial)
     if len(trials) != recipe.search.trials:
         raise ConfigError(
             f"{what} has {len(trials)} trials, but search.trials is {recipe.search.trials}: every method gets the same number"

@@ -9,6 +9,7 @@ from typing import Any
 
 from shadowpeft.errors import DataError
 from shadowpeft.evaluate.compare.plan import Cell
+from shadowpeft.evaluate.compare.recipe import SEARCH
 from shadowpeft.evaluate.record import write_record
 from shadowpeft.files import write_files
 
@@ -66,7 +67,10 @@ def write_failed(output: Path, cell: Cell, fingerprint: str, reason: str) -> Non
 
 
 def _write(output: Path, cell: Cell, fingerprint: str, payload: dict[str, Any]) -> None:
-    described = {key: value for key, value in dataclasses.asdict(cell).items() if value not in ("", (), None, False)}
+    described = {key: value for key, value in dataclasses.asdict(cell).items() if value is not None and value is not False}
+    described = {key: value for key, value in described.items() if value not in ("", ())}  # seed 0 stays
+    if cell.section == SEARCH:
+        del described["seed"]  # a search has the recipe's own
     header = {"id": cell.id, "cell": described, "fingerprint": fingerprint}
     write_record(result_path(output, cell.id), {**header, **payload})
 

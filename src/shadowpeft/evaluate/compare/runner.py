@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,6 @@ import torch
 from shadowpeft.evaluate.compare.plan import Cell, cells_of, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.recipe import Recipe
 from shadowpeft.evaluate.compare.results import is_current, read_result, write_failed
-from shadowpeft.files import SaveError
 
 LOGS = "logs"
 Tell = Callable[[str], None]
@@ -32,10 +32,10 @@ class Counts:
 
 @dataclass(kw_only=True)
 class Queue:
-    """Cells still to run. A cell is handed out when every search it needs is done."""
+    """Cells still to run. A cell is handed out when every search it needs is done; latencies are timed with nothing beside."""
 
     pending: list[Cell]
-    running: set[str] = field(default_factory=set)
+    running: dict[str, Cell] = field(default_factory=dict)
     failed: set[str] = field(default_factory=set)
     changed: threading.Condition = field(default_factory=threading.Condition)
 
@@ -46,21 +46,27 @@ class Queue:
         """
         with self.changed:
             while self.pending:
-                unfinished = {cell.id for cell in self.pending} | self.running
-                for cell in self.pending:
-                    if not unfinished.intersection(cell.needs):
-                        self.pending.remove(cell)
-                        self.running.add(cell.id)
-                        return cell
+                cell = self._next()
+                if cell is not None:
+                    self.pending.remove(cell)
+                    self.running[cell.id] = cell
+                    return cell
                 self.changed.wait()
             return None
+
+    def _next(self) -> Cell | None:
+        if any(cell.section == "latency" for cell in self.running.values()):
+            return None
+        unfinished = {cell.id for cell in self.pending} | self.running.keys()
+        ready = (cell for cell in self.pending if not unfinished.intersection(cell.needs))
+        return next((cell for cell in ready if cell.section != "latency" or not self.running), None)
 
     def blocker(self, cell: Cell) -> str | None:
         return next((needed for needed in cell.needs if needed in self.failed), None)
 
     def finish(self, cell: Cell, *, is_failed: bool) -> None:
         with self.changed:
-            self.running.discard(cell.id)
+            self.running.pop(cell.id, None)
             if is_failed:
                 self.failed.add(cell.id)
             self.changed.notify_all()
@@ -112,7 +118,7 @@ class Worker:
         self._process = None
         code = _ended(process)
         _close(process)
-        said = self._log.read_text(encoding="utf-8", errors="replace")
+        said = self._log.read_text(encoding="utf-8", errors="replace") or "the process said nothing"
         if time.monotonic() - started >= self._timeout:
             return f"{said}\nstopped after {self._timeout:.0f} s, the limit for one cell"
         # A traceback says why in its last line; a process that was killed leaves none.
@@ -191,7 +197,9 @@ def run_cells(
     process takes the next one. Ctrl-C ends the processes; cells that were under way are run again next time.
 
     Raises:
-        SaveError: a failure could not be written down; what was done before is kept, what was under way is run again.
+        SaveError: a failure could not be written down.
+        OSError: a process could not be started.
+        In both cases what was done before is kept, and what was under way is run again next time.
     """
     failed_before = {
         cell.id for cell in plan_cells(recipe)
@@ -203,46 +211,48 @@ def run_cells(
         Worker(command, output / LOGS / f"worker-{index}.log", threads=threads, timeout=timeout, device=device)
         for index, device in enumerate(devices_of(workers))
     ]
-    broken: list[SaveError] = []
+    stopped = threading.Event()
 
     def work(worker: Worker) -> None:
-        while (cell := queue.take()) is not None:
-            blocker = queue.blocker(cell)
-            started = time.monotonic()
-            reason = f"not run: {blocker} failed" if blocker else worker.run(cell)
-            if stopped.is_set():
-                return
-            if reason is not None:
-                try:
-                    write_failed(output, cell, fingerprint(recipe, cell), reason)
-                except SaveError as error:  # a full disk: the others end too, instead of waiting for this cell
-                    broken.append(error)
-                    queue.clear()
-            queue.finish(cell, is_failed=reason is not None)
-            with lock:
-                counts.failed += reason is not None
-                counts.done += reason is None
-                number = counts.failed + counts.done
-            state = "done" if reason is None else f"FAILED: {reason.strip().splitlines()[-1]}"
-            tell(f"[{number}/{len(cells)}] {cell.id}: {state} ({time.monotonic() - started:.0f} s)")
-        worker.close()
+        is_complete = False
+        try:
+            while (cell := queue.take()) is not None and not stopped.is_set():
+                run_one(cell, worker)
+            is_complete = True
+        finally:
+            if is_complete and not stopped.is_set():
+                worker.close()
+            else:  # a full disk, no memory for a process: the others end too, instead of waiting for this cell
+                queue.clear()
+                worker.stop()
 
-    stopped = threading.Event()
-    threads_running = [threading.Thread(target=work, args=(worker,)) for worker in crew]
-    for thread in threads_running:
-        thread.start()
-    try:
-        for thread in threads_running:
-            thread.join()
-    except KeyboardInterrupt:
-        stopped.set()
-        queue.clear()
-        for worker in crew:
-            worker.stop()
-        for thread in threads_running:
-            thread.join()
-    if broken:
-        raise broken[0]
+    def run_one(cell: Cell, worker: Worker) -> None:
+        blocker = queue.blocker(cell)
+        started = time.monotonic()
+        reason = f"not run: {blocker} failed" if blocker else worker.run(cell)
+        if stopped.is_set():
+            return
+        if reason is not None:
+            write_failed(output, cell, fingerprint(recipe, cell), reason)
+        queue.finish(cell, is_failed=reason is not None)
+        with lock:
+            counts.failed += reason is not None
+            counts.done += reason is None
+            number = counts.failed + counts.done
+        state = "done" if reason is None else f"FAILED: {reason.strip().splitlines()[-1]}"
+        tell(f"[{number}/{len(cells)}] {cell.id}: {state} ({time.monotonic() - started:.0f} s)")
+
+    with ThreadPoolExecutor(workers) as pool:
+        runs = [pool.submit(work, worker) for worker in crew]
+        try:
+            wait(runs)
+        except KeyboardInterrupt:
+            stopped.set()
+            queue.clear()
+            for worker in crew:
+                worker.stop()
+    for run in runs:
+        run.result()
     counts.skipped = len(cells) - counts.done - counts.failed
     return counts
 

@@ -5,9 +5,10 @@ the counts summed over rows (accuracy: right answers and rows), and the score is
 
 *Interval*: 95% of ``NUM_RESAMPLES`` draws of the score, each with two kinds of luck. Rows: drawn with replacement, the
 same for all seeds (bootstrap). Seeds: a draw of Student's t with S - 1 degrees of freedom times s / sqrt(S), s the
-standard deviation between seeds; resampling three seeds would give little more than the worst and the best of them. With
-one seed that part is missing, and the interval is of rows alone. Rows that single seeds happen to get right are in both
-parts, so it is a little too wide rather than too narrow.
+standard deviation between seeds; resampling three seeds would give little more than the worst and the best of them. The
+draws of t are its quantiles at even steps, in random order: with three seeds the ends of the interval lie far out, where
+independent draws would put them a tenth off. With one seed that part is missing, and the interval is of rows alone.
+Rows that single seeds happen to get right are in both parts, so it is a little too wide rather than too narrow.
 
 *Paired difference*: the same of the differences seed by seed, with the same rows. *p*: two-sided, the share of draws on
 the other side of zero, twice.
@@ -15,11 +16,13 @@ the other side of zero, twice.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-NUM_RESAMPLES = 2000
+NUM_RESAMPLES = 4000  # even: half of the draws of t are the other half's negatives
+NUM_DRAWS_OF_T = 1000 * NUM_RESAMPLES  # of which the quantiles are taken
 SEEDS = 1_000_000  # so that draws of seeds and of rows come from different streams
 
 
@@ -91,10 +94,18 @@ def with_luck_of_seeds(draws: Tensor, seeds: Tensor, *, seed: int = 0) -> Tensor
     num_seeds, mean = len(seeds), draws.mean(1)
     if num_seeds == 1:
         return mean
-    generator = torch.Generator().manual_seed(seed + SEEDS)
-    normal = torch.randn(len(draws), num_seeds, generator=generator, dtype=torch.float64)
-    student = normal[:, 0] / normal[:, 1:].square().mean(1).sqrt()
-    return mean + student * seeds.std() / num_seeds**0.5
+    order = torch.randperm(len(draws), generator=torch.Generator().manual_seed(seed + SEEDS))
+    return mean + quantiles_of_t(num_seeds - 1, len(draws))[order] * seeds.std() / num_seeds**0.5
+
+
+@lru_cache
+def quantiles_of_t(freedom: int, count: int) -> Tensor:
+    """[count]: Student's t at the probabilities (i + 1/2) / count, from draws of it; symmetric, as t is."""
+    normal = torch.randn(NUM_DRAWS_OF_T, freedom + 1, generator=torch.Generator().manual_seed(SEEDS), dtype=torch.float64)
+    sizes = (normal[:, 0].abs() / normal[:, 1:].square().mean(1).sqrt()).sort().values
+    steps = (torch.arange(count // 2, dtype=torch.float64) + 0.5) / (count // 2)
+    upper = sizes[(steps * len(sizes)).long()]
+    return torch.cat([-upper.flip(0), upper])
 
 
 def estimate(sample: Sample, *, seed: int = 0) -> Estimate:

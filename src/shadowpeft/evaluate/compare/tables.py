@@ -5,14 +5,14 @@ from typing import Any
 
 from shadowpeft.evaluate.compare.gather import Entry, Gathered, Key, paired, sample_of
 from shadowpeft.evaluate.compare.recipe import SEARCH, Recipe
-from shadowpeft.evaluate.compare.statistics import Sample, difference, estimate, mean_difference, mean_estimate
+from shadowpeft.evaluate.compare.statistics import Estimate, Sample, difference, estimate, mean_difference, mean_estimate
 from shadowpeft.train.tasks import TASKS
 
 MEANS = {"classification": "classes", "generation": "written answers"}
 
 
 def main_table(gathered: Gathered) -> list[Entry]:
-    """base, task, method -> score, and the paired difference to the baseline; ``task`` None is a mean over tasks.
+    """base, task, method -> score, and the paired difference to each baseline; ``task`` None is a mean over tasks.
 
     One mean for tasks answered by a class and one for those answered by text: they have other metrics, and may read the same
     rows, where a mean's interval takes tasks for independent. A mean is over the tasks that method *and* baseline have.
@@ -22,24 +22,50 @@ def main_table(gathered: Gathered) -> list[Entry]:
     for base in dict.fromkeys(key.base for key in keys):
         of_base = [key for key in keys if key.base == base]
         for method in dict.fromkeys(key.method for key in of_base):
-            pairs: dict[str, list[tuple[Sample, Sample]]] = defaultdict(list)
-            for key in (key for key in of_base if key.method == method):
+            own = [key for key in of_base if key.method == method]
+            for key in own:
                 scores = gathered.scores[key]
-                pair = paired(gathered, key, _with_method(key, recipe.baseline))
-                if pair:
-                    pairs[TASKS[recipe.tasks[key.scored].task].kind].append(pair)
                 found = estimate(sample_of(recipe, scores, key.scored, sorted(scores)))
-                gap = difference(*pair) if pair and method != recipe.baseline else None
-                table.append(_entry(key, found, gap, scores))
-            for kind, of_kind in pairs.items():
-                gap = None if method == recipe.baseline else mean_difference(of_kind)
-                table.append(
-                    {
-                        "base": base, "task": None, "scored": None, "mean_of": MEANS[kind], "method": method,
-                        "num_tasks": len(of_kind), "score": mean_estimate([first for first, _ in of_kind]), "difference": gap,
-                    }
-                )  # fmt: skip
+                gaps = {other: difference(*pair) for other, pair in _pairs(gathered, key).items() if other != method}
+                further = _without(gaps, recipe.baseline)
+                table.append(_entry(key, found, gaps.get(recipe.baseline), scores) | {"further": further})
+            table += _means(gathered, base, method, own)
     return table
+
+
+def _pairs(gathered: Gathered, key: Key) -> dict[str, tuple[Sample, Sample]]:
+    """Baseline -> (own sample, the baseline's), of the seeds that both have."""
+    baselines = (gathered.recipe.baseline, *gathered.recipe.further_baselines)
+    found = {other: paired(gathered, key, _with_method(key, other)) for other in baselines}
+    return {other: pair for other, pair in found.items() if pair}
+
+
+def _means(gathered: Gathered, base: str, method: str, keys: list[Key]) -> list[Entry]:
+    """Lines of the means over the tasks that a method and the baseline share, one a kind of task."""
+    recipe = gathered.recipe
+    pairs: dict[str, dict[str, list[tuple[Sample, Sample]]]] = defaultdict(lambda: defaultdict(list))
+    for key in keys:
+        for other, pair in _pairs(gathered, key).items():
+            pairs[TASKS[recipe.tasks[key.scored].task].kind][other].append(pair)
+    lines = []
+    for kind, of_kind in pairs.items():
+        shared = of_kind.get(recipe.baseline)
+        if not shared:
+            continue
+        gaps = {other: mean_difference(found) for other, found in of_kind.items() if other != method}
+        lines.append(
+            {
+                "base": base, "task": None, "scored": None, "mean_of": MEANS[kind], "method": method, "num_tasks": len(shared),
+                "score": mean_estimate([first for first, _ in shared]), "difference": gaps.get(recipe.baseline),
+                "further": _without(gaps, recipe.baseline),
+                "further_num_tasks": {other: len(of_kind[other]) for other in gaps if other != recipe.baseline},
+            }
+        )  # fmt: skip
+    return lines
+
+
+def _without(gaps: dict[str, Estimate], name: str) -> dict[str, Estimate]:
+    return {other: gap for other, gap in gaps.items() if other != name}
 
 
 def heading_of(entry: Entry) -> str:
@@ -66,6 +92,11 @@ def _entry(key: Key, found: Any, gap: Any, scores: dict[int, Entry]) -> Entry:
         "seeds": sorted(scores),
         "rows": first["n"],
         "answer_loss": sum(losses) / len(losses) if losses else None,
+        "other_metrics": {
+            name: sum(score["metrics"][name] for score in scores.values()) / len(scores)
+            for name in first["metrics"]
+            if name != first["headline"]
+        },
     }
 
 
@@ -90,7 +121,8 @@ def transfer_table(gathered: Gathered) -> list[Entry]:
 
 
 def variant_table(gathered: Gathered, section: str) -> list[Entry]:
-    """Scaling or ablations: each variant's score; for ablations the paired difference to the unchanged method."""
+    """Scaling or ablations: each variant's score; for ablations the unchanged method's with the same seeds, and the paired
+    difference to it."""
     table = []
     for key, scores in gathered.scores.items():
         if key.section != section:
@@ -99,7 +131,10 @@ def variant_table(gathered: Gathered, section: str) -> list[Entry]:
         pair = paired(gathered, key, unchanged) if section == "ablations" else None
         found = estimate(sample_of(gathered.recipe, scores, key.scored, sorted(scores)))
         entry = _entry(key, found, difference(*pair) if pair else None, scores)
-        table.append(entry | {"trainable": gathered.trained[key]})
+        added = {"trainable": gathered.trained[key]}
+        if pair:
+            added |= {"unchanged": estimate(pair[1]), "unchanged_trainable": gathered.trained[unchanged]}
+        table.append(entry | added)
     return table
 
 
@@ -127,7 +162,10 @@ def cost_table(gathered: Gathered) -> list[Entry]:
 
 
 def search_table(gathered: Gathered) -> list[Entry]:
-    """Every trial of every search, and whether it was the one chosen."""
+    """Every trial of every search, whether it was the one chosen, and whether its learning rate is the range's end.
+
+    A chosen end says that the range was too narrow for that method.
+    """
     return [
         {
             "base": cell.base,
@@ -136,11 +174,16 @@ def search_table(gathered: Gathered) -> list[Entry]:
             "parameters": cell.parameters,
             **{name: trial.get(name) for name in ("setting", "metric", "loss", "detached_loss")},
             "is_chosen": trial["setting"] == result["chosen"],
+            "is_end": _rate(trial) in (min(map(_rate, result["trials"])), max(map(_rate, result["trials"]))),
         }
         for cell, result in gathered.results
         if cell.section == SEARCH
         for trial in result["trials"]
     ]
+
+
+def _rate(trial: Entry) -> float:
+    return trial["setting"].get("learning_rate", 0.0)
 
 
 def latency_table(gathered: Gathered) -> list[Entry]:

@@ -14,6 +14,7 @@ from shadowpeft.evaluate.compare.plan import Cell
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.fingerprint import fingerprint
 from shadowpeft.train.arguments import refuse_float16_unasked, refuse_float16_weights
 from shadowpeft.train.config import TrainConfig, split_settings
 from shadowpeft.train.data import encode_classification, encode_generation
@@ -32,6 +33,7 @@ class Fitted:
     sized: Sized
     trainable: int
     cost: Payload
+    base_revision: str  # hash of a few of the base's weights
 
 
 def train_method(cell: Cell, store: Store, setting: Payload, *, seed: int, share: float = 1.0) -> Fitted:
@@ -47,6 +49,7 @@ def train_method(cell: Cell, store: Store, setting: Payload, *, seed: int, share
     base = load_model(path, labels=labels, dtype=config.dtype)
     refuse_float16_unasked(config, base)
     base.config.pad_token_id = tokenizer.pad_token_id
+    base_revision = data_revision([fingerprint(base)])
     overrides = shadow_changes | dict(cell.overrides)
     model = put_on(base, store.method(cell.method, cell.base), sized, overrides=overrides)
     is_changed = bool(cell.overrides) or recipe.methods[cell.method].kind == "shadow-pretrained"
@@ -66,5 +69,6 @@ def train_method(cell: Cell, store: Store, setting: Payload, *, seed: int, share
         cost = fit(model, tokenizer, examples, config, steps)
         cost |= {"rows": len(rows), "revision": data_revision(rows), "encoding": asdict(encoding)}
     return Fitted(
-        model=model, tokenizer=tokenizer, labels=labels, config=config, sized=sized, trainable=trainable, cost=cost
-    )
+        model=model, tokenizer=tokenizer, labels=labels, config=config, sized=sized, trainable=trainable, cost=cost,
+        base_revision=base_revision,
+    )  # fmt: skip
