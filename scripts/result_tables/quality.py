@@ -10,7 +10,8 @@ from shadowpeft.train.tasks import TASKS
 
 TASK_RESULTS = ("home_commands", "trec", "clinc150")
 MODES = ("base", "attached", "detached")
-NAMES = {"none": "untouched base", "lora": "LoRA", "dora": "DoRA", "paper": "shadow, the paper's formula",
+NAMES = {"none": "untouched base", "probe": "linear probe", "full": "all weights", "lora": "LoRA",
+          "dora": "DoRA", "paper": "shadow, the paper's formula",
          "shadow": "shadow, `recommended`", "shadow (detached)": "the same, detached",
          "attached": "shadow, `attached`", "attached (detached)": "`attached`, detached"}  # fmt: skip
 
@@ -103,39 +104,86 @@ def shadow_text_table() -> str:
     return "\n".join([*lines, *(f"| {names[name]} | {bits:.2f} |" for name, bits in found.items())])
 
 
-def compare_table(name: str, base: str) -> str:
-    """A comparison's main table, a line a task: scores, and what attached shadows are above LoRA; means over seeds.
+# Tasks whose validation rows the presets `recommended` and `attached` were chosen by.
+CHOSEN_BY = ("trec", "clinc150", "home_commands", "home_calls", "clinc150_calls")
+OTHERS = ("paper", "shadow", "attached")
 
-    The rest (DoRA above LoRA, detached shadows, p) is in the report beside the file.
+
+def compare_table(name: str, base: str, leave_out: tuple[str, ...] = ()) -> str:
+    """A comparison's main table, a line a task: scores, and what attached shadows are above LoRA and DoRA; means over seeds.
+
+    The rest (detached shadows' differences, p) is in the report beside the file.
     """
     rows = [row for row in result(f"{name}/summary")["tables"]["main"] if row["base"] == base]
     # Of a task that is still under way there may be the untouched base alone.
     tasks = list(dict.fromkeys(row["task"] for row in rows if row["task"] is not None and row["method"] == "lora"))
-    metrics = {row["task"]: row["metric"] for row in rows if row["task"] is not None}
     means = list(dict.fromkeys(heading_of(row) for row in rows if row["task"] is None))
     cells = {(row["method"], heading_of(row)): row for row in rows}
-    found = {row["method"] for row in rows}
-    methods = [method for method in NAMES if method in found]
-    others = [method for method in ("paper", "shadow", "attached") if method in found]
+    methods = [method for method in NAMES if method in {row["method"] for row in rows} - set(leave_out)]
+    others = [method for method in OTHERS if method in methods]
     entries = read_recipe(ROOT / "recipes" / f"{name}.yaml").tasks
     kinds = {entry: TASKS[spec.task].kind for entry, spec in entries.items()}
     heads = [NAMES.get(method, method) for method in methods]
-    heads += [f"{NAMES.get(method, method)}, above LoRA" for method in others]
+    heads += [f"{NAMES[method]}, above LoRA" for method in others]
+    heads += ["shadow, `recommended`, above DoRA"] if "dora" in methods and "shadow" in methods else []
     lines = [f"| task | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    usual = max((len(row["seeds"]) for row in rows if row["task"] in tasks), default=0)
     for task in [*tasks, *means]:
-        scores = [cells.get((method, task)) for method in methods]
+        scores = {method: cells.get((method, task)) for method in methods}
         if task in means:  # only of the tasks that all have
-            largest = max(row["num_tasks"] for row in scores if row is not None)
-            scores = [row if row is not None and row["num_tasks"] == largest else None for row in scores]
-        shown = ["-" if row is None else percent(row["score"]["value"]) for row in scores]
-        gaps = [row for method, row in zip(methods, scores, strict=True) if method in others]
-        shown += ["-" if row is None or row["difference"] is None else above(row["difference"]) for row in gaps]
-        answered = {"classification": "class", "generation": "written"}.get(kinds.get(task, ""), "")
-        lines.append(f"| {task if task in means else f'{task} ({answered}), {metrics[task]}'} | {' | '.join(shown)} |")
-    counts = {len(row["seeds"]) for row in rows if row["task"] in tasks and row["method"] != "none"}
-    seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    most = max(row["rows"] for row in rows if row["task"] is not None)
-    return "\n".join([*lines, "", f"{seeds} seeds, {most} test rows a task at most; in brackets 95% intervals."])
+            largest = max(row["num_tasks"] for row in scores.values() if row is not None)
+            scores = {method: row if row and row["num_tasks"] == largest else None for method, row in scores.items()}
+        shown = [score_and_seeds(row, usual) for row in scores.values()]
+        shown += [gap_of(scores[method]) for method in others]
+        if len(heads) > len(shown):
+            shown.append(gap_of(cells.get(("shadow", task)), "dora"))
+        lines.append(f"| {task if task in means else named(task, kinds, scores['lora']['metric'])} | {' | '.join(shown)} |")
+        if task in tasks:
+            lines += other_metrics(named(task, kinds, "{}"), scores, len(heads))
+    return "\n".join([*lines, "", notes(rows, tasks, usual)])
+
+
+def named(task: str, kinds: dict[str, str], metric: str) -> str:
+    answered = {"classification": "class", "generation": "written"}[kinds[task]]
+    return f"{task}{'†' if task in CHOSEN_BY else ''} ({answered}), {metric}"
+
+
+def score_and_seeds(row: dict[str, Any] | None, usual: int) -> str:
+    if row is None:
+        return "-"
+    fewer = f" ({len(row['seeds'])} seeds)" if row["task"] and row["method"] != "none" and len(row["seeds"]) != usual else ""
+    return percent(row["score"]["value"]) + fewer
+
+
+def gap_of(row: dict[str, Any] | None, other: str | None = None) -> str:
+    """What a line of the main table has above LoRA, or above another baseline; of means only over as many tasks."""
+    if row is None:
+        return "-"
+    gap = row["difference"] if other is None else row["further"].get(other)
+    if gap is None:
+        return "-"
+    has_fewer = other is not None and row["task"] is None and row["further_num_tasks"][other] != row["num_tasks"]
+    return above(gap) + (f" ({row['further_num_tasks'][other]} tasks)" if has_fewer else "")
+
+
+def other_metrics(name: str, scores: dict[str, dict[str, Any] | None], width: int) -> list[str]:
+    """A line for each further metric of a task, without differences."""
+    first = next(row for row in scores.values() if row is not None)
+    lines = []
+    for metric in first["other_metrics"]:
+        values = [percent(row["other_metrics"][metric]) if row is not None else "-" for row in scores.values()]
+        values += [""] * (width - len(values))
+        lines.append(f"| {name.format(metric.replace('_', ' '))} | {' | '.join(values)} |")
+    return lines
+
+
+def notes(rows: list[dict[str, Any]], tasks: list[str], usual: int) -> str:
+    most = max(row["rows"] for row in rows if row["task"] in tasks)
+    fewer = {row["task"]: f"{row['task']} {row['rows']:,}" for row in rows if row["task"] in tasks and row["rows"] < most}
+    said = f"{usual} seeds where nothing else is said; {most:,} test rows"
+    said += f" ({', '.join(fewer.values())})" if fewer else ""
+    chosen = " † The preset was chosen on validation rows of this task." if any(task in CHOSEN_BY for task in tasks) else ""
+    return f"{said}; in brackets 95% intervals.{chosen}"
 
 
 def heading_of(row: dict[str, Any]) -> str:
@@ -163,24 +211,24 @@ def score_and_loss(row: dict[str, Any] | None) -> str:
 
 
 def ablations_table(name: str, base: str) -> str:
-    """A line for what was changed, a column a task: the score, and what it is above the unchanged method's."""
-    tables = result(f"{name}/summary")["tables"]
-    rows = [row for row in tables["ablations"] if row["base"] == base]
+    """A line for what was changed, a column a task: the score, the unchanged method's with the same seeds, the difference."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["ablations"] if row["base"] == base and row.get("unchanged")]
     tasks = list(dict.fromkeys(row["scored"] for row in rows))
     found = {(row["variant"], row["scored"]): row for row in rows}
-    own = {row["task"]: row["score"]["value"] for row in tables["main"] if row["base"] == base and row["method"] == "shadow"}
-    lines = [f"| changed | trained weights | {' | '.join(tasks)} |", "|---|---:|" + "---:|" * len(tasks)]
-    lines.append(f"| nothing | | {' | '.join(percent(own.get(task)) for task in tasks)} |")
+    lines = [f"| changed | weights | {' | '.join(tasks)} |", "|---|---:|" + "---:|" * len(tasks)]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         cells = [found.get((variant, task)) for task in tasks]
-        shown = ["-" if row is None or row["difference"] is None else score_and_gap(row) for row in cells]
-        weights = next(f"{row['trainable']:,}" for row in cells if row is not None)
-        lines.append(f"| {variant} | {weights} | {' | '.join(shown)} |")
+        first = next(row for row in cells if row is not None)
+        weights = first["trainable"] / first["unchanged_trainable"] - 1
+        shown = " | ".join("-" if row is None else with_unchanged(row) for row in cells)
+        lines.append(f"| {variant} | {'' if abs(weights) < 0.005 else f'{weights:+.0%}'} | {shown} |")
     return "\n".join(lines)
 
 
-def score_and_gap(row: dict[str, Any]) -> str:
-    return f"{percent(row['score']['value'])}, {above(row['difference'])}"
+def with_unchanged(row: dict[str, Any]) -> str:
+    seeds = "" if len(row["seeds"]) == 3 else f" ({len(row['seeds'])} seeds)"
+    score, unchanged = percent(row["score"]["value"]), percent(row["unchanged"]["value"])
+    return f"{score}{seeds}, unchanged {unchanged}: {above(row['difference'])}"
 
 
 def scaling_table(name: str, base: str) -> str:
