@@ -11,7 +11,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,17 @@ def is_held_out(text: str) -> bool:
     return zlib.crc32(text.encode()) % 1000 < HELD_OUT_OF_1000
 
 
-def split_documents(folder: Path) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
-    """(training documents by source, held-out documents by source); exact duplicates are dropped."""
+def split_documents(folder: Path, leave_out: Iterable[str] = ()) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """(training documents by source, held-out documents by source); exact duplicates are dropped.
+
+    Raises:
+        ValueError: ``leave_out`` names no source.
+    """
+    if unknown := set(leave_out) - SOURCES.keys():
+        raise ValueError(f"cannot leave out {', '.join(sorted(unknown))}: the sources are {', '.join(SOURCES)}")
     train: dict[str, list[str]] = {}
     held_out: dict[str, list[str]] = {}
-    for source in SOURCES:
+    for source in (name for name in SOURCES if name not in leave_out):
         documents = [text for text in dict.fromkeys(texts(folder, source)) if text]
         train[source] = [text for text in documents if not is_held_out(text)]
         held_out[source] = [text for text in documents if is_held_out(text)]
