@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
+from importlib import import_module
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -35,8 +36,9 @@ def lm_eval_scores(
         ConfigError: an unknown mode, or a classifier, which the harness cannot ask.
     """
     try:
-        from lm_eval import simple_evaluate  # type: ignore[import-not-found]
-        from lm_eval.models.huggingface import HFLM  # type: ignore[import-not-found]
+        # Without its types: it wraps its functions so that checkers see no arguments, and need not be installed.
+        harness: Any = import_module("lm_eval")
+        models: Any = import_module("lm_eval.models.huggingface")
     except ImportError as error:
         raise MissingPackageError("scoring with lm_eval needs the package: pip install lm_eval") from error
     if not model.can_generate():
@@ -47,12 +49,9 @@ def lm_eval_scores(
             raise ConfigError(f"unknown mode {mode!r}; choose from {', '.join(MODES)}")
         chosen = model.detach() if mode == "detached" else model
         with evaluating(chosen), model.disable_adapter() if mode == "base" else nullcontext():
-            wrapped = HFLM(
-                pretrained=chosen,  # type: ignore[arg-type]
-                tokenizer=tokenizer,  # type: ignore[arg-type]
-                batch_size=batch_size,
-                add_bos_token=add_bos_token,
+            wrapped = models.HFLM(
+                pretrained=chosen, tokenizer=tokenizer, batch_size=batch_size, add_bos_token=add_bos_token
             )
-            found = simple_evaluate(model=wrapped, tasks=tasks, **options)
-        scores[mode] = dict(found["results"])  # type: ignore[index]
+            found = harness.simple_evaluate(model=wrapped, tasks=tasks, **options)
+        scores[mode] = dict(found["results"])
     return scores
