@@ -234,7 +234,7 @@ def test_what_a_format_cannot_express_is_refused_and_nothing_is_written(tmp_path
 def test_the_last_blocks_of_a_base_with_windows_have_no_counterpart(tmp_path):
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
     base, base_again = (tiny_base("gemma3_text", layer_types=kinds) for _ in range(2))
-    config = ShadowConfig.preset("authors", shadow_model="base:last:1", **SIZES)
+    config = ShadowConfig.preset("authors", shadow_model="base:last:1", **{**SIZES, "shadow_intermediate_size": None})
     get_shadow_model(base, config).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match="layer_types"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors", base=base_again)

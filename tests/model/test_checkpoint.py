@@ -207,8 +207,8 @@ def test_one_set_of_steps_beside_a_deep_base_loads(tmp_path, model_type):
 
 def test_sizes_that_are_not_used_do_not_count(tmp_path):
     """The MLP width that an implicit shadow would have, beside an explicit one and a base where nothing is as wide."""
-    model = get_shadow_model(tiny_base(), tiny_config(shadow_model="base:first:1", shadow_intermediate_size=10**6))
-    model.save_pretrained(tmp_path)
+    get_shadow_model(tiny_base(), tiny_config(shadow_model="base:first:1")).save_pretrained(tmp_path)
+    edit(tmp_path, lambda described: described["shadow"].update(shadow_intermediate_size=10**6))  # once it could be asked for
     load(tmp_path)
 
 

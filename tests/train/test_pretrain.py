@@ -196,6 +196,11 @@ def test_settings_that_make_no_sense_are_refused(place, fields, message):
     assert not (place / "run").exists()
 
 
+def test_sizes_for_a_small_model_that_has_its_own_are_refused(place):
+    with pytest.raises(ConfigError, match="shadow_hidden_size=16 would be ignored"):
+        run(config(place, shadow_hidden_size=16))
+
+
 def test_a_projection_between_equal_widths_is_refused(place):
     with pytest.raises(ConfigError, match="no projection to train"):
         run(config(place, objective="projection", shadow=str(place / "base")))

@@ -50,7 +50,9 @@ class ShadowConfig:
     share_embeddings: bool | None = _field(
         None, "feed the base's embeddings to the shadow; None: yes for an implicit shadow, no for an explicit one"
     )
-    freeze_embeddings: bool = _field(True, "keep a shadow's own embedding table frozen")
+    freeze_embeddings: bool = _field(
+        True, "keep the own embedding table of a shadow that is not implicit frozen; a fresh one is trained in any case"
+    )
     freeze_backbone: bool = _field(False, "keep a pretrained shadow as it is; train its projection and the steps alone")
 
     # Injection (Eq. 2-4)
@@ -93,7 +95,9 @@ class ShadowConfig:
         1.0, "learning rate of the shadow backbone, as a multiple of the others'; only ShadowTrainer follows it"
     )
     distillation_weight: float = _field(
-        0.0, "weight of KL(attached || shadow) over the next tokens, which makes the shadow a better draft; 0: off"
+        0.0,
+        "weight of KL(attached || shadow) over the next tokens, which makes the shadow a better draft; 0: off, as it has to be "
+        "for a classifier",
     )
     distillation_temperature: float = _field(1.0, "softens both distributions of the distillation term")
     adapter_dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = _field(
@@ -155,16 +159,24 @@ class ShadowConfig:
         return not self.is_implicit and self.truncation is None
 
     @property
+    def idle_sizes(self) -> dict[str, int]:
+        """Sizes that are asked for and change nothing: a shadow that is not implicit brings its own."""
+        chosen = {} if self.is_implicit else {name: getattr(self, name) for name in IMPLICIT_SIZES}
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: value for name, value in chosen.items() if value not in (None, defaults[name])}
+
+    @property
     def shares_embeddings(self) -> bool:
         return not self.is_explicit if self.share_embeddings is None else self.share_embeddings
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
         """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that
-        with its weights in the corrections (``attached``); see docs/equations.md."""
+        with its weights in the corrections (``attached``); see docs/equations.md. A preset's sizes are left out where the
+        shadow is not implicit."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **overrides})
+        return cls.from_dict({**preset_fields(name, overrides.get("shadow_model", "implicit")), **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":
@@ -178,6 +190,12 @@ class ShadowConfig:
     def replace(self, **changes: Any) -> "ShadowConfig":
         return replace(self, **changes)
 
+
+# What an implicit shadow alone can be asked to be.
+IMPLICIT_SIZES = (
+    "shadow_num_hidden_layers", "shadow_hidden_size", "shadow_num_attention_heads", "shadow_num_key_value_heads",
+    "shadow_head_dim", "shadow_intermediate_size",
+)  # fmt: skip
 
 # What this project found to work best; LOG.md has the search, on validation rows.
 _RECOMMENDED: dict[str, Any] = {
@@ -216,6 +234,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "update_hidden_size": 8,
     },
 }
+
+
+def preset_fields(name: str, shadow_model: str) -> dict[str, Any]:
+    """What a preset sets beside this shadow: its sizes are those of an implicit one."""
+    is_implicit = shadow_model == "implicit"
+    return {field: value for field, value in PRESETS[name].items() if is_implicit or field not in IMPLICIT_SIZES}
 
 
 def check_types(config: Any) -> None:

@@ -96,8 +96,7 @@ def prepare(
     base = load_model(config.base, dtype=config.dtype)
     refuse_float16_unasked(config, base)
     tokenizer = load_tokenizer(config.base)
-    sizes = config.shadow_sizes() if config.shadow == "implicit" else {}
-    shadow = ShadowConfig(shadow_model=config.shadow, **sizes)
+    shadow = ShadowConfig(shadow_model=config.shadow, **config.shadow_sizes())
     if shadow.is_explicit:
         check_same_tokenizer(location(config.shadow), location(config.base))
         shadow = shadow.replace(shadow_model=location(config.shadow))
