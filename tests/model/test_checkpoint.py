@@ -288,7 +288,7 @@ def test_the_error_of_other_weights_names_the_commit_they_were_of(saved):
     edit(saved[0], lambda described: described["base"].update(name_or_path="someone/tiny", revision=COMMIT))
     base = tiny_base()
     with torch.no_grad():
-        base.model.norm.weight.mul_(-1.5)
+        base.model.embed_tokens.weight.mul_(-1.5)
     with pytest.raises(CheckpointError, match=f"'someone/tiny' at commit {COMMIT}"):
         load(saved[0], base)
 

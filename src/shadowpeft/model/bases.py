@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from shadowpeft.errors import ArchitectureError
+from shadowpeft.errors import ArchitectureError, first_line
 
 EMBEDDED = "embedded"
 _FOLDER = Path(__file__).parent.parent / "assets" / "base"
@@ -43,7 +43,7 @@ def load_model(name: str, *, labels: list[str] | None = None, dtype: Any = "auto
         model = auto.from_pretrained(location(name), dtype=dtype, **options)
     except (OSError, ValueError) as error:
         raise ArchitectureError(
-            f"cannot load the base {name!r}: {_first_line(error)}. Pass a folder, a hub name, or {EMBEDDED!r}"
+            f"cannot load the base {name!r}: {first_line(error)}. Pass a folder, a hub name, or {EMBEDDED!r}"
         ) from error
     model.name_or_path = name
     _keep_commit(model, options)
@@ -89,11 +89,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(location(name))
     except (OSError, ValueError) as error:
-        raise ArchitectureError(f"cannot load a tokenizer from {name!r}: {_first_line(error)}") from error
+        raise ArchitectureError(f"cannot load a tokenizer from {name!r}: {first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
