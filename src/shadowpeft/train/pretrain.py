@@ -1,5 +1,6 @@
 """Pretraining a shadow: a small model behind the large one's frozen head (Eq. 11), saved so that it attaches."""
 
+import os
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
     Raises:
         ShadowPeftError: any of its kinds, before the first step.
     """
+    _refuse_several_processes()
     console = console or Console(quiet=True)
     if not config.data and config.steps:
         raise ConfigError("pretraining needs text: pass data with a file, a folder or hub:NAME")
@@ -82,6 +84,17 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
     else:
         console.print(f"stopped at step {steps}; the checkpoint is complete, go on with --resume")
     return Pretrained(folder=folder, record=record, interrupted=stopped)
+
+
+def _refuse_several_processes() -> None:
+    """Before anything is read or written: all of them would read the same text and write the same files.
+
+    Raises:
+        ConfigError: a launcher started more than one.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise ConfigError(f"pretraining runs in one process, and {count} were launched; start it without a launcher")
 
 
 def prepare(
