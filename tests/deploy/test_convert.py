@@ -40,7 +40,8 @@ def clean_base(model_type: str, labels: int | None):
 
 def adapted(preset: str, model_type: str = "llama", *, labels: int | None = None, **fields) -> ShadowModel:
     task = {} if labels is None else {"task_type": "SEQ_CLS"}
-    config = ShadowConfig.preset(preset, adapter_dtype="float64", **{**SIZES, **task, **fields})
+    own = {"shadow_intermediate_size": None} if "shadow_model" in fields else {}  # an explicit one brings its own
+    config = ShadowConfig.preset(preset, adapter_dtype="float64", **{**SIZES, **own, **task, **fields})
     model = get_shadow_model(clean_base(model_type, labels), config)
     randomise(model.network())
     return model
@@ -66,7 +67,7 @@ VARIANTS = [
     ("gemma3_text", None, {}),
     ("gpt2", None, {}),
     ("qwen3", 3, {}),
-    ("llama", None, {"shadow_model": "base:first:2", "shadow_intermediate_size": None}),
+    ("llama", None, {"shadow_model": "base:first:2"}),
     ("llama", None, {"alpha_rank": 2}),  # the peers get the alpha that this means at r
 ]
 

@@ -53,10 +53,11 @@ def load_model(name: str, *, labels: list[str] | None = None, dtype: Any = "auto
 def _keep_commit(model: PreTrainedModel, options: dict[str, Any]) -> None:
     """Where transformers' releases up to 5.23 keep it: the commit of the hub that the config was fetched from, if it was."""
     config: Any = model.config
-    if getattr(config, "_commit_hash", None) is None and is_hub_name(model.name_or_path):
+    name = model.name_or_path or ""
+    if getattr(config, "_commit_hash", None) is None and is_hub_name(name):
         file = "/".join([options["subfolder"], "config.json"] if options.get("subfolder") else ["config.json"])
         places = {name: options[name] for name in ("revision", "cache_dir") if options.get(name) is not None}
-        found = try_to_load_from_cache(model.name_or_path, file, **places)
+        found = try_to_load_from_cache(name, file, **places)
         config._commit_hash = _commit_in(Path(found)) if isinstance(found, str) else None
 
 
@@ -66,15 +67,15 @@ def commit_of(model: PreTrainedModel) -> str | None:
     A model that was loaded by transformers alone does not tell since 5.24; it is the one in the cache where that is the only
     one. None where there are several, for a folder, and for a model that was never stored.
     """
-    known = getattr(model.config, "_commit_hash", None)
-    if known is not None or not is_hub_name(model.name_or_path):
+    known, name = getattr(model.config, "_commit_hash", None), model.name_or_path or ""
+    if known is not None or not is_hub_name(name):
         return known
-    cached = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=model.name_or_path, repo_type="model") / "snapshots"
+    cached = Path(HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "snapshots"
     commits = {_commit_in(file) for file in cached.glob("*/config.json")}
     return commits.pop() if len(commits) == 1 else None
 
 
-def is_hub_name(name: str | None) -> bool:
+def is_hub_name(name: str) -> bool:
     return bool(name) and name != EMBEDDED and not Path(name).exists() and len(Path(name).parts) <= 2 and name[0] not in "./~"
 
 

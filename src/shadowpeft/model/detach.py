@@ -152,7 +152,7 @@ def _is_same_lookup(shared: nn.Embedding, network: ShadowNetwork, template: Any)
     return network.embedding_projection is None and type(shared) is type(template) and factors[0] == factors[1]
 
 
-def _head(base: PreTrainedModel, network: ShadowNetwork, scale: float, table: nn.Parameter | None) -> nn.Linear:
+def _head(base: PreTrainedModel, network: ShadowNetwork, scale: float, table: Tensor | None) -> nn.Linear:
     """``scale * W_head W_proj`` (Eq. 10 folded), with the head's bias where it has one; over ``table`` if that is given."""
     head = network.shadow_head if is_classifier(base) else base.get_output_embeddings()
     assert isinstance(head, nn.Linear)
@@ -187,8 +187,9 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     return _over(nn.Parameter(weight.clone(), requires_grad=False), bias)
 
 
-def _over(weight: nn.Parameter, bias: Tensor | None) -> nn.Linear:
+def _over(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A head whose weight is that very parameter, so that one which is the token table too stays it."""
+    assert isinstance(weight, nn.Parameter)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = weight
     if bias is not None:
