@@ -49,7 +49,7 @@ class _Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.decode().splitlines()):
             if line["key"] == "file":
                 self.server.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-        revision = _revision(self.server.repositories[name])
+        revision = commit_id(self.server.repositories[name])
         commit = {"commitUrl": f"{self.server.address}/{name}/commit/{revision}", "commitOid": revision}
         return self._answer(200, json.dumps(commit).encode())
 
@@ -60,14 +60,14 @@ class _Handler(BaseHTTPRequestHandler):
         if as_tree:
             entries = [{"type": "file", "path": path, "size": len(data), "oid": _etag(data)} for path, data in files.items()]
             return self._answer(200, json.dumps(entries).encode())
-        described = {"id": name, "sha": _revision(files), "siblings": [{"rfilename": path} for path in files]}
+        described = {"id": name, "sha": commit_id(files), "siblings": [{"rfilename": path} for path in files]}
         return self._answer(200, json.dumps(described).encode())
 
     def _file(self, name: str, path: str) -> None:
         files = self.server.repositories.get(name, {})
         if path not in files:
             return self._answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-        return self._answer(200, files[path], {"X-Repo-Commit": _revision(files), "ETag": f'"{_etag(files[path])}"'})
+        return self._answer(200, files[path], {"X-Repo-Commit": commit_id(files), "ETag": f'"{_etag(files[path])}"'})
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)
@@ -89,7 +89,7 @@ class _Server(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
 
-def _revision(files: dict[str, bytes]) -> str:
+def commit_id(files: dict[str, bytes]) -> str:
     """40 hexadecimal digits of all contents, as a commit has."""
     return hashlib.sha1(b"".join(path.encode() + content for path, content in sorted(files.items()))).hexdigest()
 

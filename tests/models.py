@@ -78,8 +78,8 @@ def tiny_base(
 
 
 def tiny_config(**overrides: object) -> ShadowConfig:
-    return ShadowConfig(**{"r": 4, "update_hidden_size": 3, "shadow_intermediate_size": 24, "adapter_dtype": "float64",
-                           **overrides})  # fmt: skip
+    size = {"shadow_intermediate_size": 24} if overrides.get("shadow_model", "implicit") == "implicit" else {}
+    return ShadowConfig(**{"r": 4, "update_hidden_size": 3, "adapter_dtype": "float64", **size, **overrides})
 
 
 def randomise(module: torch.nn.Module, *, seed: int = 1, std: float = 0.2) -> None:

@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from shadowpeft import cli_deploy, commands
 from shadowpeft.cli_options import Adapter, Base, Data, OtherWeights, Out
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.config import PRESETS
+from shadowpeft.core.config import PRESETS, preset_fields
 from shadowpeft.deploy import commands as deploying
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.train import pretrain as pretraining
@@ -95,7 +95,9 @@ def train(
     if flags.get("resume"):
         config = config or run_file(flags.get("output") or TrainConfig.output)
         if preset in PRESETS:  # field by field: a run's file has them all, and they would win over the preset's name
-            flags, preset = {**flags, **{k: v for k, v in PRESETS[preset].items() if flags.get(k) is None}}, None
+            kept = (merge(read_yaml(config), {}).get("shadow") if config else None) or {}
+            chosen = preset_fields(preset, flags.get("shadow_model") or kept.get("shadow_model", "implicit"))
+            flags, preset = {**flags, **{k: v for k, v in chosen.items() if flags.get(k) is None}}, None
     commands.train(config_from(flags, config, preset), console)
 
 

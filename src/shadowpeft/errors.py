@@ -1,4 +1,5 @@
-"""Every error this package raises on purpose for bad input."""
+"""The errors that more than one folder raises on purpose; those of one module (``SaveError``, ``DetachError`` and others) are
+beside what raises them. All are ``ShadowPeftError``."""
 
 
 class ShadowPeftError(Exception):
@@ -23,3 +24,9 @@ class CheckpointError(ShadowPeftError, ValueError):
 
 class AdapterError(ShadowPeftError, ValueError):
     """An adapter name that is unknown, taken or not usable here."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as a part of one line of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -40,7 +40,8 @@ def clean_base(model_type: str, labels: int | None):
 
 def adapted(preset: str, model_type: str = "llama", *, labels: int | None = None, **fields) -> ShadowModel:
     task = {} if labels is None else {"task_type": "SEQ_CLS"}
-    config = ShadowConfig.preset(preset, adapter_dtype="float64", **{**SIZES, **task, **fields})
+    own = {"shadow_intermediate_size": None} if "shadow_model" in fields else {}  # an explicit one brings its own
+    config = ShadowConfig.preset(preset, adapter_dtype="float64", **{**SIZES, **own, **task, **fields})
     model = get_shadow_model(clean_base(model_type, labels), config)
     randomise(model.network())
     return model
@@ -66,7 +67,7 @@ VARIANTS = [
     ("gemma3_text", None, {}),
     ("gpt2", None, {}),
     ("qwen3", 3, {}),
-    ("llama", None, {"shadow_model": "base:first:2", "shadow_intermediate_size": None}),
+    ("llama", None, {"shadow_model": "base:first:2"}),
     ("llama", None, {"alpha_rank": 2}),  # the peers get the alpha that this means at r
 ]
 
@@ -234,7 +235,7 @@ def test_what_a_format_cannot_express_is_refused_and_nothing_is_written(tmp_path
 def test_the_last_blocks_of_a_base_with_windows_have_no_counterpart(tmp_path):
     kinds = ["sliding_attention"] * 3 + ["full_attention"]
     base, base_again = (tiny_base("gemma3_text", layer_types=kinds) for _ in range(2))
-    config = ShadowConfig.preset("authors", shadow_model="base:last:1", **SIZES)
+    config = ShadowConfig.preset("authors", shadow_model="base:last:1", **{**SIZES, "shadow_intermediate_size": None})
     get_shadow_model(base, config).save_pretrained(tmp_path / "ours")
     with pytest.raises(ConfigError, match="layer_types"):
         convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="authors", base=base_again)

@@ -139,6 +139,34 @@ def test_it_is_stored_in_the_dtype_that_was_asked_for_and_the_base_keeps_its_own
         torch.testing.assert_close(returned(ids).logits, loaded(ids).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2"])
+def test_a_tied_table_in_16_bits_is_stored_once_and_reloads_with_equal_logits(tmp_path, model_type, dtype):
+    base = tiny_base(model_type, tie_word_embeddings=True)
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.bfloat16)
+    model = get_shadow_model(base, tiny_config(adapter_dtype="float32"))
+    randomise(model.network())
+    returned = write_detached(model, tmp_path / "out", dtype=dtype)
+    stored = load_file(tmp_path / "out/model.safetensors")
+    table = base.get_input_embeddings().weight
+    tables = [tensor for tensor in stored.values() if tensor.shape == table.shape]
+    assert len(tables) == 1 and torch.equal(tables[0].bfloat16(), table)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == returned.dtype == (dtype or torch.float32)
+    for one in (loaded, returned):
+        assert one.get_input_embeddings().weight is one.get_output_embeddings().weight
+    assert torch.equal(loaded(tokens()).logits, returned(tokens()).logits)
+
+
+def test_a_table_that_is_looked_up_with_a_factor_is_not_tied_to_the_head(tmp_path):
+    """Gemma multiplies what it looks up; in a class that does not, table and head are two."""
+    fields = {"final_logit_softcapping": None, "tie_word_embeddings": True}
+    detached = explicit(tmp_path / "shadow", "gemma3_text", "qwen3", share=True, **fields).detach()
+    table, head = detached.get_input_embeddings().weight, detached.get_output_embeddings().weight
+    assert not detached.config.tie_word_embeddings and not torch.equal(table, head)
+
+
 def explicit(folder: Path, base_type: str, shadow_type: str, *, share: bool, **base_fields) -> ShadowModel:
     narrow: dict = {"layer_types": None} | ({} if share else {"hidden_size": 16, "num_attention_heads": 2})
     tiny_base(shadow_type, dtype=torch.float32, num_hidden_layers=2, **narrow).base_model.save_pretrained(folder)

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from models import tiny_base, tokens
+from models import tiny_base, tiny_config, tokens
 from shadowpeft import SpeculativeConfig, collect_statistics, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import SpeculativeFallbackWarning, SpeculativeOutput, api
@@ -254,7 +254,7 @@ def test_draft_tokens_outside_the_vocabulary_are_refused(model):
 def test_a_shadow_of_another_vocabulary_is_refused(tmp_path):
     tiny_base(num_hidden_layers=2).save_pretrained(tmp_path)
     base = tiny_base(num_hidden_layers=2)
-    model = get_shadow_model(base, adapted().shadow_config.replace(shadow_model=str(tmp_path)))
+    model = get_shadow_model(base, tiny_config(shadow_model=str(tmp_path)))
     base.resize_token_embeddings(101, mean_resizing=False)
     with pytest.raises(ConfigError, match="the shadow knows 97 tokens and the base's head 101"):
         greedy(model, tokens(1, LENGTH), speculative=2)

@@ -14,7 +14,7 @@ from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.files import SaveError
-from shadowpeft.model import checkpoint
+from shadowpeft.model import bases, checkpoint
 from shadowpeft.model.fingerprint import fingerprint
 
 pytestmark = pytest.mark.contract
@@ -207,8 +207,8 @@ def test_one_set_of_steps_beside_a_deep_base_loads(tmp_path, model_type):
 
 def test_sizes_that_are_not_used_do_not_count(tmp_path):
     """The MLP width that an implicit shadow would have, beside an explicit one and a base where nothing is as wide."""
-    model = get_shadow_model(tiny_base(), tiny_config(shadow_model="base:first:1", shadow_intermediate_size=10**6))
-    model.save_pretrained(tmp_path)
+    get_shadow_model(tiny_base(), tiny_config(shadow_model="base:first:1")).save_pretrained(tmp_path)
+    edit(tmp_path, lambda described: described["shadow"].update(shadow_intermediate_size=10**6))  # once it could be asked for
     load(tmp_path)
 
 
@@ -253,6 +253,69 @@ def test_the_base_is_found_by_the_name_the_adapter_carries(tmp_path):
     shutil.rmtree(tmp_path / "base")
     with pytest.raises(ArchitectureError, match="cannot load the base"):
         ShadowModel.from_pretrained(tmp_path / "adapter")
+
+
+COMMIT = "0123456789" * 4
+
+
+def test_a_base_of_the_hub_is_loaded_at_the_commit_the_adapter_was_trained_on(saved, monkeypatch):
+    asked = []
+
+    def load_model(name, *, labels, **options):
+        asked.append((name, options))
+        raise ArchitectureError("there is no such commit")
+
+    monkeypatch.setattr(checkpoint, "load_model", load_model)
+    edit(saved[0], lambda described: described["base"].update(name_or_path="someone/tiny", revision=COMMIT))
+    with pytest.raises(ArchitectureError, match=rf"no such commit\. .* trained on commit {COMMIT}; pass revision='main'"):
+        ShadowModel.from_pretrained(saved[0])
+    with pytest.raises(ArchitectureError, match=r"^there is no such commit$"):
+        ShadowModel.from_pretrained(saved[0], revision="main")
+    edit(saved[0], lambda described: described["base"].update(name_or_path=str(saved[0])))  # a folder has none
+    with pytest.raises(ArchitectureError):
+        ShadowModel.from_pretrained(saved[0])
+    assert asked == [
+        ("someone/tiny", {"revision": COMMIT}),
+        ("someone/tiny", {"revision": "main"}),
+        (str(saved[0]), {}),
+    ]
+    edit(saved[0], lambda described: described["base"].update(revision=3))
+    with pytest.raises(CheckpointError, match=r"base\.revision is not of the kind"):
+        load(saved[0])
+
+
+def test_the_error_of_other_weights_names_the_commit_they_were_of(saved):
+    edit(saved[0], lambda described: described["base"].update(name_or_path="someone/tiny", revision=COMMIT))
+    base = tiny_base()
+    with torch.no_grad():
+        base.model.embed_tokens.weight.mul_(-1.5)
+    with pytest.raises(CheckpointError, match=f"'someone/tiny' at commit {COMMIT}"):
+        load(saved[0], base)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_model_loaded_by_transformers_is_of_the_only_commit_in_the_cache(tmp_path, monkeypatch, others):
+    for commit in (COMMIT, COMMIT[::-1])[: 1 + others]:
+        folder = tmp_path / "models--someone--tiny/snapshots" / commit
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    monkeypatch.setattr(bases, "HF_HUB_CACHE", str(tmp_path))
+    base = tiny_base()
+    base.name_or_path = "someone/tiny"
+    assert bases.commit_of(base) == (None if others else COMMIT)
+
+
+def test_a_base_is_compared_without_taking_a_fingerprint_of_it_anew(saved, monkeypatch):
+    monkeypatch.setattr(checkpoint, "fingerprint", lambda base: pytest.fail("a fingerprint that nobody reads"))
+    load(saved[0])
+
+
+def test_the_users_home_is_found(saved, monkeypatch):
+    folder, model = saved
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert torch.equal(load("~/adapter")(tokens()).logits, model(tokens()).logits)
+    model.save_pretrained("~/again")
+    assert content(folder.parent / "again") == content(folder)
 
 
 def test_a_classifier_keeps_its_heads_and_label_names(tmp_path):

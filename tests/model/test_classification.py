@@ -81,3 +81,8 @@ def test_two_adapters_keep_heads_of_their_own():
 def test_a_task_type_that_does_not_fit_the_model_is_refused():
     with pytest.raises(ConfigError, match="task_type='CAUSAL_LM' does not fit LlamaForSequenceClassification"):
         get_shadow_model(tiny_base(labels=3), tiny_config())
+
+
+def test_distillation_of_next_tokens_into_a_classifier_is_refused():
+    with pytest.raises(ConfigError, match=r"distillation_weight=0\.5 would be ignored"):
+        adapted(distillation_weight=0.5)

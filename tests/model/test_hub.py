@@ -1,12 +1,13 @@
 """Adapters to and from a hub over HTTP, and without a network; each in a process with the hub's settings of its own."""
 
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
-from hub import hub, read_folder
+from hub import commit_id, hub, read_folder
 from workbench import write_base
 
 TRAIN_AND_PUSH = """
@@ -62,6 +63,7 @@ def pushed(tmp_path_factory):
             "printed": printed,
             "address": server.address,
             "offline": alone,
+            "asked": server.requests[:num_requests],
             "asked_offline": server.requests[num_requests:],
         }
 
@@ -80,3 +82,11 @@ def test_without_a_network_what_was_fetched_loads_and_nothing_is_asked(pushed):
 
 def test_without_a_network_what_was_not_fetched_ends_in_one_error(pushed):
     assert "'me/never-fetched' is neither a local folder nor an adapter that could be fetched" in pushed["offline"]
+
+
+def test_the_bases_commit_is_recorded_and_is_what_loading_asks_for(pushed):
+    """The base was loaded by transformers alone, whose configs do not tell."""
+    described = json.loads(pushed["repositories"]["me/adapter"]["shadow_config.json"])
+    commit = commit_id(pushed["repositories"]["someone/tiny"])
+    assert described["base"]["revision"] == commit
+    assert any(f"someone/tiny/revision/{commit}" in request or f"resolve/{commit}/" in request for request in pushed["asked"])

@@ -1,11 +1,13 @@
 """Blocks of the base as the shadow's first weights."""
 
+import json
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from models import tiny_base, tiny_config, tokens
-from shadowpeft import ShadowModel, get_shadow_model
+from shadowpeft import ShadowConfig, ShadowModel, get_shadow_model
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.model.architectures import ARCHITECTURES, blocks_of, decoder_of
 from shadowpeft.model.truncate import chosen_blocks
@@ -52,6 +54,29 @@ def test_a_truncated_shadow_is_trained_saved_and_loaded(tmp_path):
 def test_a_misspelt_choice_of_blocks_is_refused(value):
     with pytest.raises(ConfigError, match="base:first:N"):
         tiny_config(shadow_model=value)
+
+
+def test_sizes_beside_blocks_that_bring_their_own_are_refused_but_for_those_of_a_preset(tmp_path):
+    sizes = {"shadow_hidden_size": 16, "shadow_num_hidden_layers": 2}
+    base = tiny_base()
+    base.save_pretrained(tmp_path)
+    for where in ("base:first:1", str(tmp_path)):
+        with pytest.raises(ConfigError, match=r"^shadow_num_hidden_layers=2, shadow_hidden_size=16 would be ignored.*implicit"):
+            get_shadow_model(base, tiny_config(shadow_model=where, **sizes))
+    attached = ShadowConfig.preset("attached", shadow_model="base:first:1")
+    assert attached.r == 64 and not attached.idle_sizes
+    assert get_shadow_model(base, attached).shadow_config == attached
+    with pytest.raises(ConfigError, match="shadow_intermediate_size=32 would be ignored"):
+        get_shadow_model(tiny_base(), attached.replace(shadow_intermediate_size=32))
+
+
+def test_an_adapter_that_was_saved_with_sizes_that_did_nothing_loads(tmp_path):
+    get_shadow_model(tiny_base(), tiny_config(shadow_model="base:first:1")).save_pretrained(tmp_path)
+    file = tmp_path / "shadow_config.json"
+    described = json.loads(file.read_text())
+    described["shadow"].update(shadow_hidden_size=16, shadow_num_attention_heads=2)
+    file.write_text(json.dumps(described))
+    assert ShadowModel.from_pretrained(tmp_path, tiny_base()).shadow_config.shadow_hidden_size == 16
 
 
 def test_more_blocks_than_there_are_and_blocks_that_depend_on_their_place_are_refused():

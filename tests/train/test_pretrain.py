@@ -8,16 +8,18 @@ import shutil
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from models import tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ArchitectureError, ConfigError, DataError
+from shadowpeft.model.build import build_network
 from shadowpeft.model.pretrained import read_projection
 from shadowpeft.train.pretrain import prepare, run
 from shadowpeft.train.pretrain_config import PretrainConfig
-from shadowpeft.train.projected_shadow import ProjectedShadow, distillation_loss
+from shadowpeft.train.projected_shadow import ProjectedShadow, teacher_loss
 from shadowpeft.train.text import PackedText, mixed, stream_texts
 
 WORDS = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(94))]
@@ -128,12 +130,42 @@ def test_distilling_a_copy_of_the_base_from_the_base_has_nothing_to_learn(place)
     assert ProjectedShadow(base, network, settings, None)(tokens(), tokens()).loss.item() < 1e-6
 
 
-def test_the_distillation_loss_is_its_formula():
+@pytest.mark.parametrize("base", [{}, {"model_type": "gemma2"}, {"dtype": torch.bfloat16}])
+def test_the_loss_on_text_is_the_cross_entropy_and_keeps_no_logits(base):
+    base = tiny_base(**{"dtype": torch.float32, **base}, vocab_size=4001)
+    shadow = tiny_config(shadow_hidden_size=16, shadow_num_attention_heads=2, adapter_dtype="float32")
+    model, ids = ProjectedShadow(base, build_network(base, shadow), PretrainConfig(), None), tokens(2, 16)
+    labels, kept, weight = ids.masked_fill(ids % 5 == 0, -100), [], model.projection.weight
+
+    def keep(tensor):
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(ids, labels).loss
+    (grad,) = torch.autograd.grad(loss, weight)
+    assert max(kept) < 2 * 15 * 4001  # one row of logits for each position that has a next token
+    plain = F.cross_entropy(model(ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    (expected,) = torch.autograd.grad(plain, weight)
+    # Both take the sums in fp32, in another order; of a bf16 head each gradient is rounded to 8 bits on its way.
+    is_bf16 = base.dtype == torch.bfloat16
+    assert_close(loss, plain, rtol=1e-5, atol=1e-6)
+    assert_close(grad, expected, **({"rtol": 0.02, "atol": 1e-3} if is_bf16 else {"rtol": 1e-4, "atol": 1e-6}))
+
+
+def test_several_processes_are_refused_before_anything_is_written(place, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process, and 2 were launched"):
+        run(config(place))
+    assert not (place / "run").exists()
+
+
+def test_the_loss_of_a_teacher_is_its_formula():
     settings = PretrainConfig(objective="distill", kl_weight=2.0, mse_weight=0.5, temperature=3.0)
     student, teacher = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
     p, q = (teacher / 3).softmax(-1), (student / 3).softmax(-1)
     expected = 2.0 * 9 * (p * (p / q).log()).sum(-1).mean() + 0.5 * (student - teacher).square().mean()
-    assert_close(distillation_loss(student, teacher, settings), expected)
+    assert_close(teacher_loss(teacher, student, settings), expected)
 
 
 # ---------------------------------------------------------------- text
@@ -186,10 +218,15 @@ def test_models_with_other_tokenizers_are_refused(place):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"objective": "clm"}, "expected one of projection, causal_lm, distill"),
+        ({"objective": "clm"}, "expected one of 'projection', 'causal_lm', 'distill'"),
         ({"objective": "projection", "shadow": "implicit"}, "own head"),
         ({"objective": "distill", "kl_weight": 0.0, "mse_weight": 0.0}, "nothing would be learnt"),
         ({"steps": -1}, "steps=-1"),
+        ({"batch_size": "8"}, "batch_size='8' is not valid: expected of type int"),
+        ({"schedule": "cosin"}, "schedule='cosin' is not valid: expected one of cosine"),
+        ({"warmup": 30}, "warmup=30 .* a share"),
+        ({"clip": 0.0}, r"clip=0\.0 .* more than 0"),
+        ({"dtype": "fp32"}, "dtype='fp32' .* one of auto, float32"),
         ({"data": ""}, "needs text"),
     ],
 )
@@ -197,6 +234,11 @@ def test_settings_that_make_no_sense_are_refused(place, fields, message):
     with pytest.raises(ConfigError, match=message):
         run(config(place, **fields))
     assert not (place / "run").exists()
+
+
+def test_sizes_for_a_small_model_that_has_its_own_are_refused(place):
+    with pytest.raises(ConfigError, match="shadow_hidden_size=16 would be ignored"):
+        run(config(place, shadow_hidden_size=16))
 
 
 def test_a_projection_between_equal_widths_is_refused(place):

@@ -10,7 +10,8 @@ from shadowpeft.errors import ConfigError
 TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
-def _field(default: Any, help_text: str) -> Any:
+def setting(default: Any, help_text: str) -> Any:
+    """A field of a config: its default, and what the command line says of it."""
     return field(default=default, metadata={"help": help_text})
 
 
@@ -26,77 +27,81 @@ class ShadowConfig:
         ConfigError: a value outside its range.
     """
 
-    task_type: TaskType = _field(  # noqa: RUF009 (a plain string)
+    task_type: TaskType = setting(  # noqa: RUF009 (a plain string)
         "CAUSAL_LM", "which loss and heads: causal language model or sequence classification"
     )
 
     # The shadow backbone (Eq. 1)
-    shadow_model: str = _field(
+    shadow_model: str = setting(
         "implicit",
         "'implicit' (fresh weights of the base's class), blocks of the base itself ('base:first:2', 'base:last:1', "
         "'base:spaced:3'), or a path / hub name",
     )
-    shadow_num_hidden_layers: int = _field(1, "blocks of an implicit shadow")
-    shadow_hidden_size: int | None = _field(None, "width of an implicit shadow; None: the base's")
-    shadow_num_attention_heads: int | None = _field(None, "query heads of an implicit shadow; None: the base's")
-    shadow_num_key_value_heads: int | None = _field(
+    shadow_num_hidden_layers: int = setting(1, "blocks of an implicit shadow")
+    shadow_hidden_size: int | None = setting(None, "width of an implicit shadow; None: the base's")
+    shadow_num_attention_heads: int | None = setting(None, "query heads of an implicit shadow; None: the base's")
+    shadow_num_key_value_heads: int | None = setting(
         None, "key/value heads of an implicit shadow; None: the base's, or one for each query head where those are fewer"
     )
-    shadow_head_dim: int | None = _field(None, "head width of an implicit shadow; None: the base's")
-    shadow_intermediate_size: int | None = _field(256, "MLP width of an implicit shadow; None: the base's")
-    shadow_layer_types: Literal["full", "base"] = _field(
+    shadow_head_dim: int | None = setting(None, "head width of an implicit shadow; None: the base's")
+    shadow_intermediate_size: int | None = setting(256, "MLP width of an implicit shadow; None: the base's")
+    shadow_layer_types: Literal["full", "base"] = setting(
         "full", "attention of an implicit shadow: full in every block, or the base's first layer types"
     )
-    share_embeddings: bool | None = _field(
+    share_embeddings: bool | None = setting(
         None, "feed the base's embeddings to the shadow; None: yes for an implicit shadow, no for an explicit one"
     )
-    freeze_embeddings: bool = _field(True, "keep a shadow's own embedding table frozen")
-    freeze_backbone: bool = _field(False, "keep a pretrained shadow as it is; train its projection and the steps alone")
+    freeze_embeddings: bool = setting(
+        True, "keep the own embedding table of a shadow that is not implicit frozen; a fresh one is trained in any case"
+    )
+    freeze_backbone: bool = setting(False, "keep a pretrained shadow as it is; train its projection and the steps alone")
 
     # Injection (Eq. 2-4)
-    r: int = _field(16, "rank of the injected correction")
-    shadow_alpha: float = _field(0.1, "scale of the injected correction, as it is: not divided by r unless alpha_rank is set")
-    alpha_rank: int | None = _field(
+    r: int = setting(16, "rank of the injected correction")
+    shadow_alpha: float = setting(0.1, "scale of the injected correction, as it is: not divided by r unless alpha_rank is set")
+    alpha_rank: int | None = setting(
         None,
         "rank whose bottleneck has the whole shadow_alpha; one of r has shadow_alpha * alpha_rank / r, the diagonal always all "
         "of it, so that how fast a correction learns does not grow with r; None: shadow_alpha whatever r is",
     )
-    shadow_dropout: float = _field(0.2, "dropout of the injection and of the transform")
-    dropout_at: Literal["bottleneck", "input"] = _field("bottleneck", "drop after W_down, or the d-wide input of it")
-    down_init: Literal["normal", "linear"] = _field(
+    shadow_dropout: float = setting(0.2, "dropout of the injection and of the transform")
+    dropout_at: Literal["bottleneck", "input"] = setting("bottleneck", "drop after W_down, or the d-wide input of it")
+    down_init: Literal["normal", "linear"] = setting(
         "normal", "W_down ~ N(0, 0.02^2) (N(0, 1/d) with inject_activation), or torch's nn.Linear default"
     )
-    inject_from: Literal["difference", "state"] = _field("difference", "correct from h - s (Eq. 2) or from s alone")
-    first_block: int = _field(1, "index of the first block whose input is corrected")
-    scale_state: bool = _field(
+    inject_from: Literal["difference", "state"] = setting("difference", "correct from h - s (Eq. 2) or from s alone")
+    first_block: int = setting(1, "index of the first block whose input is corrected")
+    scale_state: bool = setting(
         False, "multiply s by the RMS of each token's h where the two meet, so that h - s compares like with like"
     )
-    inject_diagonal: bool = _field(
+    inject_diagonal: bool = setting(
         False, "add v * s to the correction, v a trained vector: what a bottleneck of r cannot carry"
     )
-    inject_activation: Literal["none", "silu", "gelu"] = _field(
+    inject_activation: Literal["none", "silu", "gelu"] = setting(
         "none", "activation in the bottleneck of the correction, in units of the RMS of h: needs scale_state"
     )
 
     # Update (Eq. 5-7, 13-14)
-    use_update: bool = _field(True, "advance the state between blocks; False keeps s(0) for every block")
-    update_hidden_size: int = _field(10, "hidden width h_g of transform and gate")
-    update_norm: Literal["layernorm", "none"] = _field("layernorm", "one shared LayerNorm before transform and gate")
-    update_activation: Literal["silu", "gelu"] = _field("silu", "activation inside transform and gate")
-    update_bias: bool = _field(False, "biases in transform and gate")
-    transform_dropout: bool = _field(True, "dropout inside the transform (Eq. 13)")
-    share_steps: bool = _field(False, "one step's weights for all depths")
+    use_update: bool = setting(True, "advance the state between blocks; False keeps s(0) for every block")
+    update_hidden_size: int = setting(10, "hidden width h_g of transform and gate")
+    update_norm: Literal["layernorm", "none"] = setting("layernorm", "one shared LayerNorm before transform and gate")
+    update_activation: Literal["silu", "gelu"] = setting("silu", "activation inside transform and gate")
+    update_bias: bool = setting(False, "biases in transform and gate")
+    transform_dropout: bool = setting(True, "dropout inside the transform (Eq. 13)")
+    share_steps: bool = setting(False, "one step's weights for all depths")
 
     # Training
-    auxiliary_loss_weight: float = _field(0.05, "lambda: weight of the shadow's own loss (Eq. 8-9)")
-    shadow_lr_multiplier: float = _field(
+    auxiliary_loss_weight: float = setting(0.05, "lambda: weight of the shadow's own loss (Eq. 8-9)")
+    shadow_lr_multiplier: float = setting(
         1.0, "learning rate of the shadow backbone, as a multiple of the others'; only ShadowTrainer follows it"
     )
-    distillation_weight: float = _field(
-        0.0, "weight of KL(attached || shadow) over the next tokens, which makes the shadow a better draft; 0: off"
+    distillation_weight: float = setting(
+        0.0,
+        "weight of KL(attached || shadow) over the next tokens, which makes the shadow a better draft; 0: off, as it has to be "
+        "for a classifier",
     )
-    distillation_temperature: float = _field(1.0, "softens both distributions of the distillation term")
-    adapter_dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = _field(
+    distillation_temperature: float = setting(1.0, "softens both distributions of the distillation term")
+    adapter_dtype: Literal["float32", "bfloat16", "float16", "float64", "base"] = setting(
         "float32", "dtype of all trained weights, whatever the base's is"
     )
 
@@ -155,16 +160,24 @@ class ShadowConfig:
         return not self.is_implicit and self.truncation is None
 
     @property
+    def idle_sizes(self) -> dict[str, int]:
+        """Sizes that are asked for and change nothing: a shadow that is not implicit brings its own."""
+        chosen = {} if self.is_implicit else {name: getattr(self, name) for name in IMPLICIT_SIZES}
+        defaults = {item.name: item.default for item in fields(self)}
+        return {name: value for name, value in chosen.items() if value not in (None, defaults[name])}
+
+    @property
     def shares_embeddings(self) -> bool:
         return not self.is_explicit if self.share_embeddings is None else self.share_embeddings
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
         """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that
-        with its weights in the corrections (``attached``); see docs/equations.md."""
+        with its weights in the corrections (``attached``); see docs/equations.md. A preset's sizes are left out where the
+        shadow is not implicit."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-        return cls.from_dict({**PRESETS[name], **overrides})
+        return cls.from_dict({**preset_fields(name, overrides.get("shadow_model", "implicit")), **overrides})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ShadowConfig":
@@ -178,6 +191,12 @@ class ShadowConfig:
     def replace(self, **changes: Any) -> "ShadowConfig":
         return replace(self, **changes)
 
+
+# What an implicit shadow alone can be asked to be.
+IMPLICIT_SIZES = (
+    "shadow_num_hidden_layers", "shadow_hidden_size", "shadow_num_attention_heads", "shadow_num_key_value_heads",
+    "shadow_head_dim", "shadow_intermediate_size",
+)  # fmt: skip
 
 # What this project found to work best; LOG.md has the search, on validation rows.
 _RECOMMENDED: dict[str, Any] = {
@@ -216,6 +235,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "update_hidden_size": 8,
     },
 }
+
+
+def preset_fields(name: str, shadow_model: str) -> dict[str, Any]:
+    """What a preset sets beside this shadow: its sizes are those of an implicit one."""
+    is_implicit = shadow_model == "implicit"
+    return {field: value for field, value in PRESETS[name].items() if is_implicit or field not in IMPLICIT_SIZES}
 
 
 def check_types(config: Any) -> None:

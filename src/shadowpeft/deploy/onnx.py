@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.deploy.onnx_model import OnnxModel
 from shadowpeft.deploy.packages import ExportError, check_generates, need
+from shadowpeft.errors import first_line
 from shadowpeft.files import new_folder, write_files
 from shadowpeft.model.cache import CACHE
 
@@ -79,7 +80,7 @@ def _traced(model: PreTrainedModel) -> Any:
         return OnnxExporter().export(model, _sample_inputs(model), config=OnnxConfig(dynamic=True)).program
     except _EXPORT_FAILURES as error:
         raise ExportError(
-            f"{type(model).__name__} could not be exported to ONNX ({type(error).__name__}: {_first_line(error)}); the "
+            f"{type(model).__name__} could not be exported to ONNX ({type(error).__name__}: {first_line(error)[:200]}); the "
             "detached folder still runs in transformers"
         ) from error
 
@@ -158,7 +159,3 @@ def check_onnx(path: Path, model: PreTrainedModel) -> None:
         raise ExportError(
             f"onnxruntime's logits differ by {difference:.2e} from torch's for {type(model).__name__}; nothing was written"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else ""

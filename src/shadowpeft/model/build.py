@@ -27,9 +27,11 @@ def build_network(base: PreTrainedModel, config: ShadowConfig, **load_options: A
 
     Raises:
         ArchitectureError: the base cannot carry a shadow.
-        ConfigError: the config does not fit the base.
+        ConfigError: the config does not fit the base, or asks for what would do nothing.
     """
     check_base(base, first_block=config.first_block)
+    if not all(weight.is_meta for weight in base.parameters()):  # else it is counted only, sizes that do nothing among others
+        refuse_idle(config)
     expected = "SEQ_CLS" if is_classifier(base) else "CAUSAL_LM"
     if config.task_type != expected:
         raise ConfigError(f"task_type={config.task_type!r} does not fit {type(base).__name__}; use {expected!r}")
@@ -37,6 +39,25 @@ def build_network(base: PreTrainedModel, config: ShadowConfig, **load_options: A
     if config.is_explicit:
         load_projection(network, config.shadow_model, **load_options)
     return network
+
+
+def refuse_idle(config: ShadowConfig) -> None:
+    """Refuses settings of a new adapter that nothing would follow; those that are saved may have some and load.
+
+    Raises:
+        ConfigError: sizes for a shadow that brings its own, or distillation of next tokens into a classifier.
+    """
+    if config.task_type == "SEQ_CLS" and config.distillation_weight:
+        raise ConfigError(
+            f"distillation_weight={config.distillation_weight} would be ignored: it distils next tokens, and a classifier has "
+            "none; leave it 0, and raise auxiliary_loss_weight for a better shadow"
+        )
+    if config.idle_sizes:
+        asked = ", ".join(f"{name}={value}" for name, value in config.idle_sizes.items())
+        raise ConfigError(
+            f"{asked} would be ignored: the shadow_model={config.shadow_model!r} brings its own sizes; leave them out, or use "
+            "shadow_model='implicit', whose sizes can be chosen"
+        )
 
 
 def initial_backbone(base: PreTrainedModel, config: ShadowConfig, **load_options: Any) -> PreTrainedModel:

@@ -16,11 +16,11 @@ from shadowpeft import files
 from shadowpeft._version import __version__
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.core.config import check_keys
-from shadowpeft.errors import CheckpointError, ConfigError, ShadowPeftError
+from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError, ShadowPeftError
 from shadowpeft.model import shared
 from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
 from shadowpeft.model.backbones import empty_backbone
-from shadowpeft.model.bases import load_model
+from shadowpeft.model.bases import commit_of, is_hub_name, load_model
 from shadowpeft.model.build import assemble_network, is_classifier
 from shadowpeft.model.card import model_card
 from shadowpeft.model.fingerprint import NUM_VALUES, comparable_tensors, differing_tensors, fingerprint
@@ -43,15 +43,23 @@ def describe_base(base: PreTrainedModel) -> dict[str, Any]:
     config: Any = base.config
     return {
         "name_or_path": base.name_or_path,
-        "revision": getattr(config, "_commit_hash", None),
+        "revision": commit_of(base),
+        **_shape_of(base),
+        "id2label": {str(k): v for k, v in config.id2label.items()} if is_classifier(base) else None,
+        "fingerprint": fingerprint(base),
+    }
+
+
+def _shape_of(base: PreTrainedModel) -> dict[str, Any]:
+    """What has to be equal before weights are compared."""
+    config: Any = base.config
+    return {
         "architecture": type(base).__name__,
         "model_type": config.model_type,
         "num_blocks": len(blocks_of(decoder_of(base))),
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
         "num_labels": config.num_labels if is_classifier(base) else None,
-        "id2label": {str(k): v for k, v in config.id2label.items()} if is_classifier(base) else None,
-        "fingerprint": fingerprint(base),
     }
 
 
@@ -92,6 +100,7 @@ def save_adapter(
             f"the given state dict does not hold the adapter: {len(missing)} of its {len(own)} tensors are missing and "
             f"{len(unknown)} are unknown, first {(missing + unknown)[0]!r}; pass the state_dict() of the whole model, or none"
         )
+    folder = folder.expanduser()
     left_out = shared.unchanged(base, network) if share_backbone else {}
     state = own if state is None else state
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items() if name not in left_out}
@@ -196,7 +205,7 @@ def _saved_backbone(base: PreTrainedModel, config: ShadowConfig, values: dict[st
 
 def find_folder(adapter: str | Path, **hub_options: Any) -> Path:
     """The folder of an adapter: a local path, or a hub name (downloaded, only the files of the format)."""
-    path = Path(adapter)
+    path = Path(adapter).expanduser()
     if path.is_dir():
         return path
     if path.exists() or str(adapter).startswith((".", "/", "~")):
@@ -262,6 +271,7 @@ def _check_values(described: dict[str, Any], path: Path) -> None:
     is_valid = {
         DIGEST: isinstance(described[DIGEST], str),
         "base.name_or_path": isinstance(base.get("name_or_path"), str | None),
+        "base.revision": isinstance(base.get("revision"), str | None),
         "base.fingerprint": all(_is_numbers(value) for value in values),
         "base.id2label": _is_mapping(base.get("id2label")),
         SHARED_KEY: isinstance(left_out["tensors"], list) and all(isinstance(name, str) for name in left_out["tensors"]),
@@ -282,36 +292,62 @@ def _is_numbers(value: Any) -> bool:
 def _check_belongs(
     expected: dict[str, Any], base: PreTrainedModel, folder: Path, *, allow_other_weights: bool
 ) -> None:
-    found = describe_base(base)
+    name = _name_of(expected)
+    found = _shape_of(base)
     for key in ("model_type", "architecture", "num_blocks", "hidden_size", "vocab_size", "num_labels"):
         if expected.get(key) != found[key]:
             raise CheckpointError(
                 f"the adapter in {folder} was trained on a base with {key}={expected.get(key)!r} "
-                f"({expected.get('name_or_path')!r}), but this base has {key}={found[key]!r}; load the right base"
+                f"({name}), but this base has {key}={found[key]!r}; load the right base"
             )
     known = expected.get("fingerprint") or {}
     if known and base.device.type != "meta" and not comparable_tensors(known, base):
         warnings.warn(
             f"all weights by which the adapter in {folder} knows its base are quantised here, so it is not checked whether "
-            f"this base is {expected.get('name_or_path')!r}",
+            f"this base is {name}",
             stacklevel=2,
         )
     differing = differing_tensors(known, base)
     if differing and not allow_other_weights:
         raise CheckpointError(
             f"the base has the right shapes but other weights than the one the adapter in {folder} was trained on "
-            f"({expected.get('name_or_path')!r}): {len(differing)} fingerprinted tensors differ, first "
+            f"({name}): {len(differing)} fingerprinted tensors differ, first "
             f"{differing[0]!r}. Load that base, or pass allow_other_weights=True if the change is intended"
         )
 
 
+def _name_of(described: dict[str, Any]) -> str:
+    """Of a base, for a message: its name, and its commit on the hub where that is known."""
+    revision = described.get("revision")
+    return repr(described.get("name_or_path")) + (f" at commit {revision}" if revision else "")
+
+
 def load_base(adapter: str | Path, hub_options: dict[str, Any], **base_options: Any) -> PreTrainedModel:
-    """The base that an adapter names, with the task model it was trained on."""
+    """The base that an adapter names, with the task model it was trained on, and of the hub the commit it was trained on.
+
+    Raises:
+        CheckpointError: the adapter names none.
+        ArchitectureError: it cannot be loaded.
+    """
     described = read_config(find_folder(adapter, **hub_options))["base"]
     name = described["name_or_path"]
     if not name:
         raise CheckpointError(f"the adapter in {adapter} does not name its base; load the base and pass it as base=")
-    return load_model(name, labels=label_names(described), **base_options)
+    pinned = pinned_revision(described) if "revision" not in base_options else {}
+    try:
+        return load_model(name, labels=label_names(described), **pinned, **base_options)
+    except ArchitectureError as error:
+        if not pinned:
+            raise
+        raise ArchitectureError(
+            f"{error}. The adapter was trained on commit {pinned['revision']}; pass revision='main' for what is there now"
+        ) from error
+
+
+def pinned_revision(described: dict[str, Any]) -> dict[str, str]:
+    """Options for loading a base as it was when :func:`describe_base` saw it; none where that was no commit of a hub."""
+    revision = described.get("revision")
+    return {"revision": revision} if revision and is_hub_name(described["name_or_path"]) else {}
 
 
 def label_names(described: dict[str, Any]) -> list[str] | None:
@@ -342,7 +378,7 @@ def upload(
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
     return api.upload_folder(
         repo_id=repo.repo_id,
-        folder_path=folder,
+        folder_path=folder.expanduser(),
         allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
         commit_message=commit_message or "Upload ShadowPEFT adapter",
         revision=revision,

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import ArchitectureError
-from shadowpeft.model.architectures import architecture_of, finish_of
+from shadowpeft.model.architectures import architecture_of, finish_of, head_of
 from shadowpeft.model.build import is_classifier
 
 
@@ -23,21 +23,25 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
     config = copy.deepcopy(network.backbone.config)
     config.tie_word_embeddings = False
     scale = 1.0 if is_classifier(base) else _settle_finish(base.config, config)
-    head = _head(base, network, scale)
-    shared: Any = base.get_input_embeddings()
-    config.tie_word_embeddings = network.config.shares_embeddings and head.weight is shared.weight
     if config.pad_token_id is None:
         config.pad_token_id = base.config.pad_token_id  # a classifier pools in front of it
     if is_classifier(base):
         config.id2label, config.label2id = base.config.id2label, base.config.label2id
-    with torch.device("meta"):
-        detached: Any = _task_class(base, config)(config)
+    shared: Any = base.get_input_embeddings()
+    detached = _empty(base, config)
+    if scale == 1.0 and _is_tied(base, network, template=detached.get_input_embeddings()):
+        config.tie_word_embeddings = True
+        detached = _empty(base, config)  # which of its weights are one is settled when a model is made
     # Copied: the detached model must not change when the adapter is trained on.
     backbone = copy.deepcopy(network.backbone).requires_grad_(False)
     weights: dict[int, Any] = {}
+    table = None
     if network.config.shares_embeddings:
         table = _embedding(shared, network, template=detached.get_input_embeddings())
         backbone.set_input_embeddings(_own_module(table, weights))
+    # A tied table is cast once, and the head is made of the result.
+    cast_table = table.weight if config.tie_word_embeddings and table is not None and table is not shared else None
+    head = _head(base, network, scale, cast_table)
     _share_config(backbone, config)
     setattr(detached, detached.base_model_prefix, backbone)
     if is_classifier(base):
@@ -47,6 +51,19 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
         detached.set_output_embeddings(_own_module(head, weights))
         detached.generation_config = copy.deepcopy(base.generation_config)
     return detached.eval()
+
+
+def _empty(base: PreTrainedModel, config: PreTrainedConfig) -> Any:
+    with torch.device("meta"):
+        return _task_class(base, config)(config)
+
+
+def _is_tied(base: PreTrainedModel, network: ShadowNetwork, *, template: Any) -> bool:
+    """Whether one table can be the detached model's embeddings and head, as it is the base's; its dtype does not matter."""
+    shared: Any = base.get_input_embeddings()
+    if is_classifier(base) or not network.config.shares_embeddings or network.projection is not None:
+        return False
+    return head_of(base).weight is shared.weight and _is_same_lookup(shared, network, template)
 
 
 def _own_module(module: nn.Module, weights: dict[int, Any]) -> nn.Module:
@@ -107,25 +124,40 @@ def _settle_finish(base: PreTrainedConfig, shadow: PreTrainedConfig) -> float:
 
 def _embedding(shared: nn.Embedding, network: ShadowNetwork, *, template: Any) -> nn.Embedding:
     """The base's token table, or that table seen through W_in, as a module of the detached model's own class."""
-    # Gemma's table multiplies what it looks up; the class that loads this one will do so with its own factor.
-    scale = getattr(template, "scalar_embed_scale", None)
-    is_same_lookup = type(shared) is type(template) and getattr(shared, "scalar_embed_scale", None) == scale
-    if network.embedding_projection is None and is_same_lookup:
-        return shared if shared.weight.dtype == network.dtype else copy.deepcopy(shared).to(network.dtype)
+    if _is_same_lookup(shared, network, template):
+        return shared if shared.weight.dtype == network.dtype else _cast_table(shared, network.dtype)
     tokens = torch.arange(shared.num_embeddings, device=shared.weight.device)
     table = shared(tokens).to(network.dtype)
     if network.embedding_projection is not None:
         table = network.embedding_projection(table)
+    scale = getattr(template, "scalar_embed_scale", None)
     options = {} if scale is None else {"embed_scale": scale}
     folded = type(template)(*table.shape, template.padding_idx, **options)
     folded.weight = nn.Parameter(table if scale is None else table / scale, requires_grad=False)
     return folded.to(table.device)
 
 
-def _head(base: PreTrainedModel, network: ShadowNetwork, scale: float) -> nn.Linear:
-    """``scale * W_head W_proj`` (Eq. 10 folded), with the head's bias where it has one."""
+def _cast_table(shared: nn.Embedding, dtype: torch.dtype) -> nn.Embedding:
+    table: Any = copy.deepcopy(shared).to(dtype)
+    factor = getattr(shared, "scalar_embed_scale", None)
+    if factor is not None:  # in no file: transformers makes it anew, without the rounding of a 16-bit base
+        table.embed_scale = torch.tensor(factor, device=table.embed_scale.device)
+    return table
+
+
+def _is_same_lookup(shared: nn.Embedding, network: ShadowNetwork, template: Any) -> bool:
+    """Whether the detached model's class makes of the base's table what the shadow is fed with."""
+    # Gemma's table multiplies what it looks up; the class that loads this one will do so with its own factor.
+    factors = [getattr(table, "scalar_embed_scale", None) for table in (shared, template)]
+    return network.embedding_projection is None and type(shared) is type(template) and factors[0] == factors[1]
+
+
+def _head(base: PreTrainedModel, network: ShadowNetwork, scale: float, table: Tensor | None) -> nn.Linear:
+    """``scale * W_head W_proj`` (Eq. 10 folded), with the head's bias where it has one; over ``table`` if that is given."""
     head = network.shadow_head if is_classifier(base) else base.get_output_embeddings()
     assert isinstance(head, nn.Linear)
+    if table is not None:
+        return _over(table, None if head.bias is None else head.bias.to(table.dtype))
     if network.projection is None and head.weight.dtype == network.dtype and scale == 1.0:
         return head if not is_classifier(base) else copy.deepcopy(head).requires_grad_(False)
     weight = head.weight.to(network.dtype)
@@ -146,13 +178,20 @@ def _with_bias_of(template: nn.Linear, head: nn.Linear, base: PreTrainedModel, c
             "shadow cannot become an ordinary model; use it attached"
         )
     if head.bias is None and template.bias is not None:
-        return _linear(head.weight, torch.zeros(head.out_features, device=head.weight.device))
+        return _over(head.weight, head.weight.new_zeros(head.out_features))
     return head
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    bias = None if bias is None else bias.to(weight.dtype).clone()
+    return _over(nn.Parameter(weight.clone(), requires_grad=False), bias)
+
+
+def _over(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A head whose weight is that very parameter, so that one which is the token table too stays it."""
+    assert isinstance(weight, nn.Parameter)
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    linear.weight = weight
     if bias is not None:
-        linear.bias = nn.Parameter(bias.to(weight.dtype).clone(), requires_grad=False)
+        linear.bias = nn.Parameter(bias, requires_grad=False)
     return linear

@@ -23,7 +23,8 @@ from shadowpeft.model.exchange import (
     training_notes,
     write_checkpoint,
 )
-from shadowpeft.model.pretrained import read_tensors, shadow_config_of
+from shadowpeft.model.pretrained import shadow_config_of
+from shadowpeft.model.tensors import read_file
 
 AUTHORS_CONFIG, AUTHORS_WEIGHTS, AUTHORS_HEADS = (
     "shadow_config.json",
@@ -49,7 +50,7 @@ _AUTHORS_DEFAULTS: dict[str, Any] = {
 def num_labels_of_authors(folder: Path) -> int | None:
     """Classes of a classifier in the authors' format; None for a language model."""
     path = folder / AUTHORS_HEADS
-    head = read_tensors(path).get("classifier_head.weight") if path.is_file() else None
+    head = read_file(path)[0].get("classifier_head.weight") if path.is_file() else None
     return None if head is None else head.shape[0]
 
 
@@ -68,9 +69,9 @@ def read_authors(folder: Path, base: PreTrainedModel, *, shadow_model: str | Non
             f"{folder} holds pickled weights (shadow_adapter.pt), which can run code when read; save it again with "
             f"shadow-peft, which writes {AUTHORS_WEIGHTS}"
         )
-    tensors = read_tensors(folder / AUTHORS_WEIGHTS)
+    tensors = read_file(folder / AUTHORS_WEIGHTS)[0]
     if (folder / AUTHORS_HEADS).is_file():
-        heads = read_tensors(folder / AUTHORS_HEADS)
+        heads = read_file(folder / AUTHORS_HEADS)[0]
         foreign = [name for name in heads if "classifier_head" not in name]
         if foreign:
             raise ConfigError(

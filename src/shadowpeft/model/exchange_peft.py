@@ -24,7 +24,8 @@ from shadowpeft.model.exchange import (
     training_notes,
     write_checkpoint,
 )
-from shadowpeft.model.pretrained import read_tensors, shadow_config_of
+from shadowpeft.model.pretrained import shadow_config_of
+from shadowpeft.model.tensors import read_file
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"
@@ -62,7 +63,7 @@ def num_labels_of_peft(folder: Path) -> int | None:
     """Classes of a classifier in peft's format; None for a language model."""
     if read_json(folder / PEFT_CONFIG).get("task_type") != "SEQ_CLS":
         return None
-    head = read_tensors(folder / PEFT_WEIGHTS).get("base_model.model.score.weight")
+    head = read_file(folder / PEFT_WEIGHTS)[0].get("base_model.model.score.weight")
     if head is None:
         raise CheckpointError(f"{folder / PEFT_WEIGHTS} is a classifier's but has no base_model.model.score.weight")
     return head.shape[0]
@@ -90,7 +91,7 @@ def read_peft(folder: Path, base: PreTrainedModel, *, shadow_model: str | None =
     extra = sorted(set(values["modules_to_save"] or []) - {"classifier", "score"})
     if extra:
         raise ConfigError(f"{path}: modules_to_save={extra} has no counterpart here, where the base stays frozen")
-    tensors = read_tensors(folder / PEFT_WEIGHTS)
+    tensors = read_file(folder / PEFT_WEIGHTS)[0]
     decoder = decoder_of(base).config
     is_mirror = values["shadow_model"] == "mirror"
     if is_mirror:

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from shadowpeft.core import ShadowNetwork
-from shadowpeft.errors import ArchitectureError, CheckpointError
+from shadowpeft.errors import ArchitectureError, CheckpointError, first_line
 from shadowpeft.model.architectures import architecture_of
+from shadowpeft.model.tensors import read_file
 
 PROJECTION_FILE = "shadow_projection.safetensors"
 PROJECTION_KEY = "projection.weight"
@@ -36,7 +35,7 @@ def read_raw_config(source: str, **load_options: Any) -> dict[str, Any]:
     try:
         values, _ = PreTrainedConfig.get_config_dict(source, **load_options)
     except (OSError, ValueError) as error:
-        raise ArchitectureError(f"cannot load the shadow {source!r}: {_first_line(error)}") from error
+        raise ArchitectureError(f"cannot load the shadow {source!r}: {first_line(error)}") from error
     if "model_type" not in values:
         raise ArchitectureError(f"cannot load the shadow {source!r}: it has no config.json with a model_type")
     return values
@@ -99,7 +98,7 @@ def read_projection(source: str, **load_options: Any) -> Tensor | None:
             raise CheckpointError(f"{source} is a projected shadow without {_PROJECTED_KEY!r}")
         return tensors[_PROJECTED_KEY]
     path = _file(source, PROJECTION_FILE, **load_options)
-    return None if path is None else read_tensors(path)[PROJECTION_KEY]
+    return None if path is None else read_file(path)[0][PROJECTION_KEY]
 
 
 @torch.no_grad()
@@ -135,7 +134,7 @@ def projected_tensors(source: str, **load_options: Any) -> dict[str, Tensor]:
         path = _file(source, name, **load_options)
         if path is None:
             raise CheckpointError(f"{source} holds no {name}; the projected shadow is incomplete: fetch it again")
-        tensors |= read_tensors(path)
+        tensors |= read_file(path)[0]
     return tensors
 
 
@@ -153,15 +152,6 @@ def _shard_names(index: Path) -> list[str]:
         if not isinstance(name, str) or Path(name).name != name or "\\" in name:
             raise CheckpointError(f"{index} names {name!r}, which lies outside of its folder; do not use this model")
     return names
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}; it is incomplete: copy or save it again")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); copy or save it again") from error
 
 
 def check_same_tokenizer(shadow: str, base: str) -> None:
@@ -203,7 +193,3 @@ def _file(source: str, name: str, **load_options: Any) -> Path | None:
         **load_options,
     )
     return None if found is None else Path(found)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

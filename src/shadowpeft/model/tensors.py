@@ -38,20 +38,28 @@ def read_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: missing, damaged, or from another save than the config.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path.parent} holds no {path.name}; the adapter is incomplete: copy or save it again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            own = (file.metadata() or {}).get(DIGEST, digest)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is damaged or cut short ({error}); copy or save the adapter again") from error
-    if own != digest:
+    tensors, metadata = read_file(path)
+    if metadata.get(DIGEST, digest) != digest:
         raise CheckpointError(
             f"{path.name} and {CONFIG_FILE} in {path.parent} come from two different saves, as when saving or copying "
             "was interrupted; save the adapter again or fetch both files anew"
         )
     return tensors
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent} holds no {path.name}; it is incomplete: copy or save it again")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (no mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}); copy or save it again") from error
 
 
 def check_sizes(described: dict[str, dict], base: PreTrainedModel, tensors: dict[str, Tensor], path: Path) -> None:

@@ -30,7 +30,7 @@ def truncated_backbone(base: PreTrainedModel, config: ShadowConfig) -> PreTraine
     """A decoder of the base's class with copies, in fp32, of some of its blocks, and of its final norm.
 
     Raises:
-        ConfigError: more blocks than the base has, or sizes that only an implicit shadow can choose.
+        ConfigError: more blocks than the base has.
         ArchitectureError: what a block does depends on its place, so it cannot be moved; or a block is offloaded.
     """
     assert config.truncation is not None

@@ -19,6 +19,7 @@ def shared_arguments(config: TrainConfig | PretrainConfig, folder: Path, **own: 
     Raises:
         ConfigError: float16 where its gradients cannot be scaled, or a tracker that is not there.
     """
+    # CUDA or ROCm. Neither MPS nor XPU was there to be tried, so both are left alone, which docs/scale.md says.
     has_gpu = torch.cuda.is_available()
     if config.dtype == "float16":
         _check_float16(config, has_gpu)
@@ -31,6 +32,7 @@ def shared_arguments(config: TrainConfig | PretrainConfig, folder: Path, **own: 
         warmup_steps=config.warmup,
         weight_decay=config.weight_decay,
         max_grad_norm=config.clip,
+        # By what is asked for, not by what `auto` finds: the trained weights of a base in bf16 are fp32 and work as such.
         bf16=has_gpu and config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
         use_cpu=not has_gpu,

@@ -1,14 +1,14 @@
 """The settings of one training run; command line, YAML file and Python share these fields."""
 
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.config import check_keys, check_types, require
+from shadowpeft.core.config import check_keys, check_types, require, setting
 from shadowpeft.errors import ConfigError
 
 # Settings that are the adapter's now and were the run's.
@@ -18,43 +18,39 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt")
 
 
-def _field(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One run: base, data, method and schedule. ``shadow`` holds the adapter's own fields."""
 
-    base: str = _field("embedded", "folder, hub name, or 'embedded' for the base that comes with the package")
-    task: str = _field("robot", "task name; see `shadowpeft info`")
-    data: str | None = _field(None, "folder or file with the data; default: the hub (robot: generated)")
-    output: str = _field("runs/train", "run folder; must be empty or absent unless --resume")
-    epochs: float = _field(3.0, "passes over the training rows")
-    max_steps: int = _field(-1, "optimizer steps; overrides epochs when positive")
-    batch_size: int = _field(16, "rows a device and forward pass")
-    gradient_accumulation: int = _field(1, "forward passes an optimizer step")
-    learning_rate: float = _field(3e-3, "peak learning rate of AdamW")
-    head_lr_multiplier: float = _field(
+    base: str = setting("embedded", "folder, hub name, or 'embedded' for the base that comes with the package")
+    task: str = setting("robot", "task name; see `shadowpeft info`")
+    data: str | None = setting(None, "folder or file with the data; default: the hub (robot: generated)")
+    output: str = setting("runs/train", "run folder; must be empty or absent unless --resume")
+    epochs: float = setting(3.0, "passes over the training rows")
+    max_steps: int = setting(-1, "optimizer steps; overrides epochs when positive")
+    batch_size: int = setting(16, "rows a device and forward pass")
+    gradient_accumulation: int = setting(1, "forward passes an optimizer step")
+    learning_rate: float = setting(3e-3, "peak learning rate of AdamW")
+    head_lr_multiplier: float = setting(
         1.0, "learning rate of a classifier's heads, as a multiple of the others'; written answers have no such heads"
     )
-    schedule: str = _field("cosine", "learning-rate schedule, any of transformers'")
-    warmup: float = _field(0.03, "share of the steps that warm up")
-    weight_decay: float = _field(0.01, "decoupled weight decay")
-    clip: float = _field(1.0, "gradient norm to clip at")
-    max_length: int = _field(512, "tokens of prompt and answer together")
-    dtype: str = _field("auto", "dtype of the base: auto, float32, bfloat16 or float16")
-    group_by_length: bool = _field(False, "batches of rows of about one length, in random order: less padding")
-    gradient_checkpointing: bool = _field(False, "recompute activations in the backward pass")
-    seed: int = _field(0, "seed of initialisation, order and dropout")
-    limit_train: int | None = _field(None, "use at most this many training rows")
-    limit_eval: int | None = _field(None, "score at most this many test rows")
-    eval_batch_size: int = _field(64, "rows a scoring batch")
-    log_every: int = _field(10, "optimizer steps between log lines")
-    save_every: int = _field(500, "optimizer steps between checkpoints")
-    report_to: str = _field("none", "trackers, comma-separated: tensorboard, trackio, wandb, ...")
-    resume: bool = _field(False, "go on from the newest complete checkpoint in the run folder")
-    shadow: ShadowConfig = _field(ShadowConfig(), "the adapter")  # noqa: RUF009 (frozen)
+    schedule: str = setting("cosine", "learning-rate schedule, any of transformers'")
+    warmup: float = setting(0.03, "share of the steps that warm up")
+    weight_decay: float = setting(0.01, "decoupled weight decay")
+    clip: float = setting(1.0, "gradient norm to clip at")
+    max_length: int = setting(512, "tokens of prompt and answer together")
+    dtype: str = setting("auto", "dtype of the base: auto (as it is stored), float32, bfloat16 or float16")
+    group_by_length: bool = setting(False, "batches of rows of about one length, in random order: less padding")
+    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    seed: int = setting(0, "seed of initialisation, order and dropout")
+    limit_train: int | None = setting(None, "use at most this many training rows")
+    limit_eval: int | None = setting(None, "score at most this many test rows")
+    eval_batch_size: int = setting(64, "rows a scoring batch")
+    log_every: int = setting(10, "optimizer steps between log lines")
+    save_every: int = setting(500, "optimizer steps between checkpoints")
+    report_to: str = setting("none", "trackers, comma-separated: tensorboard, trackio, wandb, ...")
+    resume: bool = setting(False, "go on from the newest complete checkpoint in the run folder")
+    shadow: ShadowConfig = setting(ShadowConfig(), "the adapter")  # noqa: RUF009 (frozen)
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from shadowpeft.core.head_loss import IGNORE
 from shadowpeft.errors import DataError
 from shadowpeft.train.answers import Row
 from shadowpeft.train.sources import open_source, read_split
 from shadowpeft.train.tasks import SPLITS, Task
 
-IGNORED = -100
+IGNORED = IGNORE
 
 
 def load_rows(task: Task, split: str, *, source: Path | None = None, limit: int | None = None, seed: int = 0) -> list[Row]:

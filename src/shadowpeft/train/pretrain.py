@@ -1,5 +1,6 @@
 """Pretraining a shadow: a small model behind the large one's frozen head (Eq. 11), saved so that it attaches."""
 
+import os
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
     Raises:
         ShadowPeftError: any of its kinds, before the first step.
     """
+    _refuse_several_processes()
     console = console or Console(quiet=True)
     if not config.data and config.steps:
         raise ConfigError("pretraining needs text: pass data with a file, a folder or hub:NAME")
@@ -84,6 +86,17 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
     return Pretrained(folder=folder, record=record, interrupted=stopped)
 
 
+def _refuse_several_processes() -> None:
+    """Before anything is read or written: all of them would read the same text and write the same files.
+
+    Raises:
+        ConfigError: a launcher started more than one.
+    """
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise ConfigError(f"pretraining runs in one process, and {count} were launched; start it without a launcher")
+
+
 def prepare(
     config: PretrainConfig,
 ) -> tuple[PreTrainedModel, ShadowNetwork, PreTrainedTokenizerBase, PreTrainedModel | None]:
@@ -96,8 +109,7 @@ def prepare(
     base = load_model(config.base, dtype=config.dtype)
     refuse_float16_unasked(config, base)
     tokenizer = load_tokenizer(config.base)
-    sizes = config.shadow_sizes() if config.shadow == "implicit" else {}
-    shadow = ShadowConfig(shadow_model=config.shadow, **sizes)
+    shadow = ShadowConfig(shadow_model=config.shadow, **config.shadow_sizes())
     if shadow.is_explicit:
         check_same_tokenizer(location(config.shadow), location(config.base))
         shadow = shadow.replace(shadow_model=location(config.shadow))

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from shadowpeft.core import ShadowNetwork
+from shadowpeft.core.head_loss import LossSpec
+from shadowpeft.core.losses import shared_head_losses
 from shadowpeft.model.architectures import architecture_of, head_of
 from shadowpeft.train.pretrain_config import PretrainConfig
 
@@ -45,10 +47,16 @@ class ProjectedShadow(nn.Module):
                 module.to(device)  # type: ignore[arg-type]
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> CausalLMOutput:
-        """Logits [B, T, V] of the shadow behind the large head and, with labels, the objective's loss."""
+        """The shadow behind the large head: logits [B, T, V], or the objective's loss with labels.
+
+        The loss of ``causal_lm`` comes without logits, whose memory it does not need; that of a teacher with them.
+        """
         hidden = self._hidden(input_ids)
-        logits = self._logits(self._frozen[0], self._project(hidden))
-        loss = None if labels is None else self._loss(input_ids, labels, hidden, logits)
+        projected = self._project(hidden)
+        if labels is not None and self._config.objective == "causal_lm":
+            return CausalLMOutput(loss=self._next_token_loss(projected, labels))
+        logits = self._logits(self._frozen[0], projected)
+        loss = None if labels is None else teacher_loss(self._teacher(input_ids, hidden), logits, self._config)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
@@ -69,21 +77,24 @@ class ProjectedShadow(nn.Module):
         head = head_of(model)
         return architecture_of(model.config).finish_logits(model.config, head(hidden.to(head.weight.dtype))).float()
 
-    def _loss(self, input_ids: Tensor, labels: Tensor, hidden: Tensor, logits: Tensor) -> Tensor:
-        if self._config.objective == "causal_lm":
-            return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        with torch.no_grad():
-            if self._config.objective == "projection":
-                assert self._own_head[0] is not None
-                teacher = self._logits(self._own_head[0], hidden)
-            else:
-                teacher = self._frozen[0](input_ids=input_ids, use_cache=False).logits.float()
-        return distillation_loss(logits, teacher, self._config)
+    def _next_token_loss(self, projected: Tensor, labels: Tensor) -> Tensor:
+        head, base_config = head_of(self._frozen[0]), self._frozen[0].config
+        spec = LossSpec(finish=architecture_of(base_config).finish(base_config))
+        projected = projected.to(head.weight.dtype)
+        return shared_head_losses(spec, head, projected, projected, labels).total
+
+    @torch.no_grad()
+    def _teacher(self, input_ids: Tensor, hidden: Tensor) -> Tensor:
+        """Logits [B, T, V] to be matched: of the small model's own head, or of the large model."""
+        if self._config.objective == "projection":
+            assert self._own_head[0] is not None
+            return self._logits(self._own_head[0], hidden)
+        return self._frozen[0](input_ids=input_ids, use_cache=False).logits.float()
 
 
-def distillation_loss(logits: Tensor, teacher: Tensor, config: PretrainConfig) -> Tensor:
+def teacher_loss(teacher: Tensor, student: Tensor, config: PretrainConfig) -> Tensor:
     """``kl_weight * T^2 KL(teacher || student) + mse_weight * MSE``, means over positions (and, for MSE, tokens)."""
     heat = config.temperature
-    log_student, log_teacher = (F.log_softmax(x.flatten(0, -2) / heat, dim=-1) for x in (logits, teacher))
+    log_student, log_teacher = (F.log_softmax(x.flatten(0, -2) / heat, dim=-1) for x in (student, teacher))
     divergence = F.kl_div(log_student, log_teacher, log_target=True, reduction="batchmean") * heat**2
-    return config.kl_weight * divergence + config.mse_weight * F.mse_loss(logits, teacher)
+    return config.kl_weight * divergence + config.mse_weight * F.mse_loss(student, teacher)

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub.errors import HfHubHTTPError
 
-from shadowpeft.errors import DataError, ShadowPeftError
+from shadowpeft.errors import DataError, ShadowPeftError, first_line
 from shadowpeft.train.answers import Row
 from shadowpeft.train.tasks import SPLITS, Task
 
@@ -164,7 +164,7 @@ def load_from_hub(name: str, config: str | None, *, way_out: str, **options: Any
                 raise
             return load_dataset(name, config, revision=PARQUET, **options)
     except (OSError, ValueError, RuntimeError, DatasetsError, *HTTP_ERRORS) as error:
-        raise DataError(f"cannot load {name!r} from the hub: {_first_line(error)}. {way_out}") from error
+        raise DataError(f"cannot load {name!r} from the hub: {first_line(error)}. {way_out}") from error
 
 
 def _hub_rows(dataset: Any) -> list[Row]:
@@ -177,11 +177,6 @@ def _hub_rows(dataset: Any) -> list[Row]:
         for name, feature in labels.items():
             row[name] = None if row[name] in (None, -1) else feature.int2str(row[name])
     return rows
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__
 
 
 # ---------------------------------------------------------------- splits

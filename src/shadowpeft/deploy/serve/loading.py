@@ -63,8 +63,9 @@ def load_served(
     if named and lora is not None:
         raise ConfigError("a merged LoRA changes the base that shadows were trained on; serve them apart")
     folder = checkpoints.find_folder(named[0][1]) if named else None
-    base_name = base or checkpoints.read_config(folder)["base"]["name_or_path"]  # type: ignore[arg-type]
-    model = _load_decodable(base_name)
+    named_base = {"name_or_path": base} if base or folder is None else checkpoints.read_config(folder)["base"]
+    base_name: Any = named_base["name_or_path"]
+    model = _load_decodable(base_name, **checkpoints.pinned_revision(named_base))
     tokenizer = load_tokenizer(_tokenizer_place(folder, base_name))
     if lora is not None:
         model = _with_lora(model, lora)
@@ -109,13 +110,13 @@ def task_or_none(name: str | None) -> Task | None:
     return task
 
 
-def _load_decodable(name: str) -> PreTrainedModel:
+def _load_decodable(name: str, **options: Any) -> PreTrainedModel:
     """A model whose batches can be decoded; what would fail at every request is found here.
 
     Raises:
         ArchitectureError: it is no causal language model, of an unknown type, or keeps more than keys and values.
     """
-    model = load_model(name)
+    model = load_model(name, **options)
     if not type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
         raise ArchitectureError(f"{name!r} is no causal language model, so it cannot answer")
     architecture_of(model.config)

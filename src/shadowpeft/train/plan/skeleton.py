@@ -14,7 +14,7 @@ from shadowpeft.model import ShadowModel
 from shadowpeft.model.architectures import blocks_of, decoder_of
 from shadowpeft.model.backbones import empty_backbone
 from shadowpeft.model.bases import EMBEDDED, location
-from shadowpeft.model.build import assemble_network, build_network
+from shadowpeft.model.build import assemble_network, build_network, refuse_idle
 from shadowpeft.model.pretrained import shadow_config_of
 from shadowpeft.model.tasks import task_model_class
 
@@ -122,6 +122,7 @@ def _dtype(model: str, config: PreTrainedConfig, dtype: str) -> torch.dtype:
 
 def _network(base: Any, shadow: ShadowConfig) -> ShadowNetwork:
     """As for training, but of a pretrained shadow the config alone is read."""
+    refuse_idle(shadow)
     if shadow.is_implicit or shadow.truncation is not None:
         return build_network(base, shadow)
     backbone = empty_backbone(base, shadow_config_of(str(shadow.shadow_model)), keep_embeddings=not shadow.shares_embeddings)
