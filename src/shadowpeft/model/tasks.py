@@ -82,7 +82,6 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         adapter: str | None = None,
         output_shadow_logits: bool = False,
         output_logits: bool | None = None,
-        label_smoothing: float = 0.0,
         return_dict: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -98,8 +97,11 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             output_shadow_logits: also return the shadow head on s(0).
             output_logits: whether to return logits. They cost more memory than anything else in a training step, so by
                 default they are left out in training mode with labels, and returned otherwise.
-            label_smoothing: share of every target that is spread evenly over the vocabulary, in both losses.
+            label_smoothing: by keyword; share of every target that is spread evenly over the vocabulary, in both losses.
         """
+        # Not in the signature: transformers' Trainer takes every parameter with "label" in its name for a column of labels,
+        # and evaluates without a loss where the batch lacks it.
+        label_smoothing = kwargs.pop("label_smoothing", 0.0)
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,0 +1,62 @@
+"""ShadowTrainer and transformers' own Trainer on a shadow model: evaluating, and keeping the best checkpoint."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+from transformers.utils.generic import find_labels
+
+from models import tiny_base, tiny_config, tokens
+from shadowpeft import ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
+from shadowpeft.train import ShadowTrainer
+
+
+def made(kind):
+    """(a model, its rows)."""
+    base = tiny_base(dtype=torch.float32, labels=3 if kind == "classifier" else None)
+    task = "SEQ_CLS" if kind == "classifier" else "CAUSAL_LM"
+    model = get_shadow_model(base, tiny_config(adapter_dtype="float32", task_type=task))
+    labels = (lambda row, index: index % 3) if kind == "classifier" else (lambda row, index: row)
+    return model, [{"input_ids": row, "labels": labels(row, index)} for index, row in enumerate(tokens(4, 6))]
+
+
+def trainer(trainer_class, folder, model, rows, *, compute_metrics=None, **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        **{"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2} | options,
+    )  # fmt: skip
+    return trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_metrics)
+
+
+def test_transformers_finds_one_column_of_labels_in_a_models_signature():
+    for model_class in (ShadowModelForCausalLM, ShadowModelForSequenceClassification):
+        assert find_labels(model_class) == ["labels"]
+
+
+@pytest.mark.parametrize("kind", ["language model", "classifier"])
+@pytest.mark.parametrize("trainer_class", [Trainer, ShadowTrainer])
+def test_evaluating_gives_the_models_loss_and_calls_the_metric(tmp_path, trainer_class, kind):
+    model, rows = made(kind)
+    found = trainer(trainer_class, tmp_path, model, rows, compute_metrics=lambda _: {"ours": 7.0}).evaluate()
+    ids, labels = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("input_ids", "labels"))
+    expected = model.eval()(ids, labels=labels).loss.item()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)  # sums of float32 in another order
+    assert found["eval_ours"] == 7.0
+
+
+@pytest.mark.parametrize("metric", ["loss", "ours"])
+@pytest.mark.parametrize("kind", ["language model", "classifier"])
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, kind, metric):
+    model, rows = made(kind)
+    values = iter([1.0, 3.0, 2.0])
+    options = {"greater_is_better": True, "metric_for_best_model": "ours"} if metric == "ours" else {}
+    best = trainer(
+        ShadowTrainer, tmp_path, model, rows, compute_metrics=lambda _: {"ours": next(values)},
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **options,
+    )  # fmt: skip
+    best.train()
+    losses = [entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry]
+    expected = 2 if metric == "ours" else 1 + losses.index(min(losses))
+    assert best.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{expected}")
+    assert_close(dict(model.network().state_dict()), load_file(tmp_path / f"checkpoint-{expected}" / "shadow_model.safetensors"))
