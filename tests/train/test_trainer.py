@@ -1,4 +1,4 @@
-"""ShadowTrainer and transformers' own Trainer on a shadow model: evaluating, and keeping the best checkpoint."""
+"""ShadowTrainer and transformers' own Trainer on a shadow model: evaluating, the best checkpoint, several GPUs."""
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from transformers.utils.generic import find_labels
 from models import tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
 from shadowpeft.train import ShadowTrainer
+from shadowpeft.train.saving import SafeTrainer
 
 
 def made(kind):
@@ -60,3 +61,16 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, kind, metric):
     expected = 2 if metric == "ours" else 1 + losses.index(min(losses))
     assert best.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{expected}")
     assert_close(dict(model.network().state_dict()), load_file(tmp_path / f"checkpoint-{expected}" / "shadow_model.safetensors"))
+
+
+@pytest.mark.parametrize("trainer_class", [SafeTrainer, ShadowTrainer])
+def test_a_process_that_sees_several_gpus_uses_one_and_says_how_to_use_all(tmp_path, trainer_class):
+    """transformers would wrap the model in nn.DataParallel; on a CPU its count of GPUs has to be made up."""
+    model, rows = made("language model")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=2)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    with pytest.warns(UserWarning, match=r"sees 2 GPUs and trains on the first alone.*accelerate launch --num_processes 2"):
+        one = trainer_class(model, arguments, train_dataset=rows)
+    assert one._wrap_model(model) is model
+    assert next(iter(one.get_train_dataloader()))["input_ids"].shape == (2, 6)
