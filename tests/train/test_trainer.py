@@ -13,11 +13,11 @@ from shadowpeft.train import ShadowTrainer
 from shadowpeft.train.saving import SafeTrainer
 
 
-def made(kind):
+def made(kind, **config):
     """(a model, its rows)."""
     base = tiny_base(dtype=torch.float32, labels=3 if kind == "classifier" else None)
     task = "SEQ_CLS" if kind == "classifier" else "CAUSAL_LM"
-    model = get_shadow_model(base, tiny_config(adapter_dtype="float32", task_type=task))
+    model = get_shadow_model(base, tiny_config(adapter_dtype="float32", task_type=task, **config))
     labels = (lambda row, index: index % 3) if kind == "classifier" else (lambda row, index: row)
     return model, [{"input_ids": row, "labels": labels(row, index)} for index, row in enumerate(tokens(4, 6))]
 
@@ -59,8 +59,9 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, kind, metric):
     best.train()
     losses = [entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry]
     expected = 2 if metric == "ours" else 1 + losses.index(min(losses))
-    assert best.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{expected}")
-    assert_close(dict(model.network().state_dict()), load_file(tmp_path / f"checkpoint-{expected}" / "shadow_model.safetensors"))
+    folder = tmp_path / f"checkpoint-{expected}"
+    assert best.state.best_model_checkpoint == str(folder)
+    assert_close(dict(model.network().state_dict()), load_file(folder / "shadow_model.safetensors"))
 
 
 @pytest.mark.parametrize("trainer_class", [SafeTrainer, ShadowTrainer])
@@ -74,3 +75,19 @@ def test_a_process_that_sees_several_gpus_uses_one_and_says_how_to_use_all(tmp_p
         one = trainer_class(model, arguments, train_dataset=rows)
     assert one._wrap_model(model) is model
     assert next(iter(one.get_train_dataloader()))["input_ids"].shape == (2, 6)
+
+
+def test_what_the_tutorial_says_of_the_plain_trainer_is_so(tmp_path):
+    model, rows = made("classifier", shadow_lr_multiplier=0.5)
+    kinds = []
+    plain = trainer(
+        Trainer, tmp_path, model, rows, compute_metrics=lambda found: kinds.append(type(found.predictions)) or {},
+        max_steps=1, save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    assert {group["lr"] for group in plain.create_optimizer().param_groups} == {1e-2}
+    plain.train()
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        plain.train(resume_from_checkpoint=True)
+    assert not any((tmp_path / "checkpoint-1" / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
+    plain.evaluate()
+    assert kinds == [tuple]

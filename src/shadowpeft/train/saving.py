@@ -42,8 +42,8 @@ class SafeTrainer(Trainer):
         self.args._n_gpu = 1
         self._train_batch_size = self.args.train_batch_size  # which transformers had multiplied by the devices
         warnings.warn(
-            f"this process sees {num_devices} GPUs and trains on the first alone; to use all, start one process for each: "
-            f"accelerate launch --num_processes {num_devices} ..., and to use one without this warning set CUDA_VISIBLE_DEVICES",
+            f"this process sees {num_devices} GPUs and trains on the first alone; to use all, start one process for each with "
+            f"accelerate launch --num_processes {num_devices} ..., to use one without this warning set CUDA_VISIBLE_DEVICES",
             stacklevel=4,
         )
 
