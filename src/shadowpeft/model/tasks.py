@@ -206,7 +206,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         options: dict[str, Any] = {"inputs_embeds": None, "past_key_values": None, "use_cache": False}
         with lean_graph():
             output, initial = self._run_attached(
-                self.network(), input_ids=input_ids, attention_mask=attention_mask, **options
+                self._attached(), input_ids=input_ids, attention_mask=attention_mask, **options
             )
         return output.last_hidden_state, initial
 
@@ -321,7 +321,7 @@ def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: 
     Raises:
         ArchitectureError: the base is not supported.
         ConfigError: the config does not fit it.
-        AdapterError: it already carries a shadow, or the name is not usable as one.
+        AdapterError: it already carries a shadow or is a PEFT model, or the name is not usable as one.
     """
     return task_model_class(base)(base, config, adapter_name)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from shadowpeft.core import ShadowNetwork, ShadowRun
+from shadowpeft.core import ShadowConfig, ShadowNetwork, ShadowRun
 from shadowpeft.core.needed_rows import only_rows, row_wise_weights
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model import checkpoint, detach
-from shadowpeft.model.adapters import AdaptedModel
+from shadowpeft.model.adapters import AdaptedModel, check_bare
 from shadowpeft.model.architectures import blocks_of, decoder_of
 from shadowpeft.model.cache import CACHE, shadow_view
 from shadowpeft.model.sharded import gathered_state
@@ -34,6 +34,15 @@ _WRAPPERS = ("_orig_mod.", "module.")
 
 class ShadowModel(AdaptedModel):
     """What both task models share: saving, loading, detaching, and the pass of base and shadow."""
+
+    def __init__(self, base: PreTrainedModel, config: ShadowConfig | None = None, adapter_name: str = "default") -> None:
+        expected = model_class_for(base)
+        if not isinstance(self, expected):
+            raise AdapterError(
+                f"{type(self).__name__} does not fit the base {type(base).__name__}; use {expected.__name__}, or let "
+                "get_shadow_model and ShadowModel.from_pretrained choose the class"
+            )
+        super().__init__(base, config, adapter_name)
 
     def detach(self, adapter_name: str | None = None) -> PreTrainedModel:
         """The shadow alone, as an ordinary model of its own class: ``head(proj(f_shadow(x)))``, projection folded in.
@@ -162,7 +171,7 @@ class ShadowModel(AdaptedModel):
         Raises:
             ConfigError: ``base_options`` beside a base that is loaded already.
             CheckpointError: as :meth:`load_adapter`.
-            AdapterError: the name is not usable as one.
+            AdapterError: the name is not usable as one, the base carries a shadow, or this is the class of the other task.
         """
         hub_options = hub_options or {}
         if base is not None and base_options:
@@ -172,6 +181,7 @@ class ShadowModel(AdaptedModel):
             )
         if base is None:
             base = checkpoint.load_base(adapter_path, hub_options, **base_options)
+        check_bare(base)
         network = checkpoint.load_adapter(
             base, adapter_path, allow_other_weights=allow_other_weights, shadow_model=shadow_model, **hub_options
         )
