@@ -272,8 +272,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
         if network is None:
             inputs[CACHE] = past_key_values
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
-        mask = self._padding_mask(input_ids, attention_mask)
         given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
+        mask = self._padding_mask(given, input_ids, attention_mask)
         if labels is not None and given is not None:
             last_block = self._last_block_at(last_token(given, mask), kwargs)
         with lean_graph():
@@ -303,10 +303,15 @@ class ShadowModelForSequenceClassification(ShadowModel):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def _padding_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-        """[B, T] of what is not padding; without a mask, from the pad token, as transformers' own classifiers do."""
+    def _padding_mask(self, given: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """[B, T] of what is not padding; without a mask, from the pad token, as transformers' own classifiers do.
+
+        Args:
+            given: the ids [B, T] or embeddings [B, T, d] of the call.
+            attention_mask: [B, past + T] where a cache holds what came before.
+        """
         if attention_mask is not None and attention_mask.dim() == 2:
-            return attention_mask
+            return attention_mask if given is None else attention_mask[:, -given.shape[1] :]
         pad = self.config.pad_token_id
         return None if input_ids is None or pad is None else (input_ids != pad).to(torch.int64)
 
