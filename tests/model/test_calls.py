@@ -304,6 +304,29 @@ def test_the_class_of_the_other_task_is_refused(tmp_path, labels):
     assert type(ours.from_pretrained(tmp_path, base)) is ours
 
 
+@torch.no_grad()
+def test_what_a_call_of_the_base_alone_cannot_give_is_refused_and_the_rest_is_done():
+    model, ids = adapted(), tokens()
+    with pytest.raises(ConfigError, match=r"output_shadow_logits=True .*uses the base alone"):
+        model(ids, adapter="__base__", output_shadow_logits=True)
+    with model.disable_adapter(), pytest.raises(ConfigError, match="output_logits=False is not for a call of the base alone"):
+        model(ids, labels=ids, output_logits=False)
+    logits = model(ids, adapter="__base__", output_logits=True).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    options = {"adapter": "__base__", "labels": ids, "label_smoothing": 0.1}
+    found = model(ids, **options)
+    assert_close((found.loss, found.logits), (expected, logits))
+    assert_close(model(ids, **options, return_dict=False)[:2], (expected, logits))
+    assert_close(model(ids, **options, num_items_in_batch=32).loss, expected / 2)  # of 2 x 8 labels
+
+
+@torch.no_grad()
+def test_a_classifiers_base_has_no_shadow_logits():
+    model = get_shadow_model(tiny_base(labels=3), tiny_config(task_type="SEQ_CLS"))
+    with model.disable_adapter(), pytest.raises(ConfigError, match="output_shadow_logits=True"):
+        model(tokens(), output_shadow_logits=True)
+
+
 def test_trainable_parameters_are_printed_in_the_usual_form(capsys):
     model = adapted()
     trainable = model.network().num_parameters()

@@ -73,7 +73,10 @@ class AdaptedModel(PreTrainedModel):
 
     def _check_new_name(self, adapter_name: str) -> None:
         if adapter_name in self.networks:
-            raise AdapterError(f"there is already an adapter {adapter_name!r}; delete it first or take another name")
+            raise AdapterError(
+                f"there is already an adapter {adapter_name!r}; give this one another name, as in adapter_name='other', or "
+                f"take that one away with delete_adapter({adapter_name!r})"
+            )
         check_name(adapter_name)
 
     def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
