@@ -25,6 +25,7 @@ CHANGES = {
     ("model/adapters.py", "AdaptedModel.set_adapter", "active_adapter"): "the user's setting; a call never changes it",
     ("model/adapters.py", "AdaptedModel._register", "networks"): "adding an adapter, asked for by the user",
     ("model/adapters.py", "AdaptedModel.delete_adapter", "networks"): "deleting an adapter, asked for by the user",
+    ("model/adapters.py", "AdaptedModel.unload", "_is_on_base"): "taking it off its base, asked for by the user",
 }
 
 

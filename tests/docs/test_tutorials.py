@@ -9,7 +9,7 @@ from tutorials import run_page
 FOLDER = Path(__file__).parents[2] / "docs" / "tutorials"
 # (blocks of Python, files, verbs, packages they need) of each page, so that a block the runner overlooks is missed.
 PAGES = {
-    "first-shadow": (3, 0, ["train", "generate", "info", "train"], ()),
+    "first-shadow": (4, 0, ["train", "generate", "info", "train"], ()),
     "pretrain-detach": (3, 0, ["pretrain", "train", "detach"], ()),
     "speculative": (2, 0, ["train", "generate"], ()),
     "edge-cloud": (3, 0, ["train", "calibrate", "detach", "serve", "edge"], ("fastapi", "uvicorn", "prometheus_client")),

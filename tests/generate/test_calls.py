@@ -216,6 +216,7 @@ def test_settings_out_of_range_are_refused(settings):
         ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2; use num_beams=1"),
         ({"use_cache": False}, "use_cache=False"),
         ({"prompt_lookup_num_tokens": 2}, "two ways of decoding"),
+        ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)}, "prompt_lookup_num_tokens= are two ways"),
         ({"token_healing": True}, "token_healing=True"),
         ({"generation_config": GenerationConfig(token_healing=True)}, "token_healing=True"),
         ({"adapter": "__base__"}, "uses the base alone"),

@@ -5,6 +5,7 @@ import gc
 import pickle
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing import assert_close
 
 from models import randomise, tiny_base, tiny_config, tokens
-from shadowpeft import ShadowModel, get_shadow_model
+from shadowpeft import ShadowModel, ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
 from shadowpeft.core import ShadowRun
-from shadowpeft.errors import AdapterError
+from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model.architectures import blocks_of, decoder_of
 
 
@@ -242,6 +243,88 @@ def test_a_second_wrapper_on_one_base_is_refused_until_the_first_is_unloaded():
     with pytest.raises(AdapterError, match="already carries a shadow"):
         get_shadow_model(base, tiny_config())
     assert get_shadow_model(model.unload(), tiny_config())(tokens()).logits.shape == (2, 9, 97)
+
+
+def test_a_model_taken_off_its_base_is_not_called_as_if_it_were_on_it():
+    model, ids = adapted(), tokens()
+    base = model.unload()
+    generate = partial(model.generate, max_new_tokens=2)
+    calls = [model, model.last_hidden_states, model.training_states, generate, partial(generate, speculative=2)]
+    for call in calls:
+        with pytest.raises(AdapterError, match=r"unload\(\) took this shadow model off its base.*get_shadow_model"):
+            call(ids)
+    assert torch.equal(model(ids, adapter="__base__").logits, base(ids).logits)
+    other = get_shadow_model(base, tiny_config())
+    with pytest.raises(AdapterError, match="took this shadow model off"):
+        model(ids)
+    assert other(ids).logits.shape == (2, 9, 97)
+    assert model.unload() is base
+
+
+def test_a_base_that_is_refused_is_left_as_it_was():
+    base = tiny_base()
+    with pytest.raises(ConfigError, match="task_type"):
+        get_shadow_model(base, tiny_config(task_type="SEQ_CLS"))
+    assert all(p.requires_grad for p in base.parameters())
+    get_shadow_model(base, tiny_config())
+    assert not any(p.requires_grad for p in base.parameters())
+
+
+def test_a_shadow_model_is_no_base(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    for make in (lambda: get_shadow_model(model, tiny_config()), lambda: ShadowModel.from_pretrained(tmp_path, model)):
+        with pytest.raises(AdapterError, match=r"ShadowModelForCausalLM carries a shadow already.*add_adapter"):
+            make()
+
+
+@pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing. is deprecated:FutureWarning")  # peft's doing
+def test_a_base_below_another_wrapper_is_no_base(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft==0.21.2)")
+    adapted().save_pretrained(tmp_path)
+    model = peft.get_peft_model(tiny_base(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    for make in (lambda: get_shadow_model(model, tiny_config()), lambda: ShadowModel.from_pretrained(tmp_path, model)):
+        with pytest.raises(AdapterError, match=r"not PeftModelForCausalLM; of a PEFT model pass .*merge_and_unload"):
+            make()
+    assert get_shadow_model(model.merge_and_unload(), tiny_config())(tokens()).logits.shape == (2, 9, 97)
+
+
+@pytest.mark.parametrize("labels", [None, 3], ids=["language model", "classifier"])
+def test_the_class_of_the_other_task_is_refused(tmp_path, labels):
+    ours, other = ShadowModelForCausalLM, ShadowModelForSequenceClassification
+    ours, other = (ours, other) if labels is None else (other, ours)
+    config = tiny_config(task_type="CAUSAL_LM" if labels is None else "SEQ_CLS")
+    get_shadow_model(tiny_base(labels=labels), config).save_pretrained(tmp_path)
+    base = tiny_base(labels=labels)
+    message = f"{other.__name__} does not fit the base {type(base).__name__}; use {ours.__name__}"
+    for make in (lambda: other.from_pretrained(tmp_path, base), lambda: other(base, config)):
+        with pytest.raises(AdapterError, match=message):
+            make()
+        assert all(p.requires_grad for p in base.parameters())
+    assert type(ours.from_pretrained(tmp_path, base)) is ours
+
+
+@torch.no_grad()
+def test_what_a_call_of_the_base_alone_cannot_give_is_refused_and_the_rest_is_done():
+    model, ids = adapted(), tokens()
+    with pytest.raises(ConfigError, match=r"output_shadow_logits=True .*uses the base alone"):
+        model(ids, adapter="__base__", output_shadow_logits=True)
+    with model.disable_adapter(), pytest.raises(ConfigError, match="output_logits=False is not for a call of the base alone"):
+        model(ids, labels=ids, output_logits=False)
+    logits = model(ids, adapter="__base__", output_logits=True).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), label_smoothing=0.1)
+    options = {"adapter": "__base__", "labels": ids, "label_smoothing": 0.1}
+    found = model(ids, **options)
+    assert_close((found.loss, found.logits), (expected, logits))
+    assert_close(model(ids, **options, return_dict=False)[:2], (expected, logits))
+    assert_close(model(ids, **options, num_items_in_batch=32).loss, expected / 2)  # of 2 x 8 labels
+
+
+@torch.no_grad()
+def test_a_classifiers_base_has_no_shadow_logits():
+    model = get_shadow_model(tiny_base(labels=3), tiny_config(task_type="SEQ_CLS"))
+    with model.disable_adapter(), pytest.raises(ConfigError, match="output_shadow_logits=True"):
+        model(tokens(), output_shadow_logits=True)
 
 
 def test_trainable_parameters_are_printed_in_the_usual_form(capsys):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
-from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
+from shadowpeft.errors import AdapterError, ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.files import SaveError
 from shadowpeft.model import bases, checkpoint
 from shadowpeft.model.fingerprint import fingerprint
@@ -139,6 +139,33 @@ def test_a_failed_load_leaves_the_model_as_it_was(saved):
         model.load_adapter(folder, "second")
     assert list(model.networks) == ["default"]
     assert torch.equal(model(tokens()).logits, expected)
+
+
+def test_a_second_adapter_without_a_name_is_told_to_take_one(saved):
+    folder, model = saved
+    with pytest.raises(AdapterError, match="'default'; give this one another name, as in adapter_name='other'"):
+        model.load_adapter(folder)
+    model.load_adapter(folder, "other")
+    assert list(model.networks) == ["default", "other"]
+
+
+def test_the_order_of_pefts_from_pretrained_is_named(saved):
+    base = tiny_base()
+    with pytest.raises(ConfigError, match=r"adapter comes first and the base second.*argument is a LlamaForCausalLM"):
+        ShadowModel.from_pretrained(base, saved[0])
+    assert all(p.requires_grad for p in base.parameters())
+
+
+def test_a_path_in_the_home_folder_is_one(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    _, model = saved
+    expected = model(tokens()).logits
+    model.save_pretrained("~/ours")
+    assert (tmp_path / "ours" / "shadow_config.json").is_file()
+    model.load_adapter("~/ours", "other")
+    assert torch.equal(model(tokens(), adapter="other").logits, expected)
+    assert torch.equal(load("~/ours")(tokens()).logits, expected)
 
 
 def test_an_unknown_tensor_is_refused(saved):

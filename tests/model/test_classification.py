@@ -7,6 +7,7 @@ from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.model.architectures import ARCHITECTURES
+from shadowpeft.model.cache import CACHE
 
 WITH_CLASSIFIER = sorted(set(ARCHITECTURES) - {"cohere", "granite", "olmo2"})  # which have none in transformers
 
@@ -39,6 +40,20 @@ def test_padding_on_either_side_does_not_change_the_logits(side):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = model(ids, attention_mask=torch.ones_like(ids)).logits
     assert_close(model(padded, attention_mask=mask, position_ids=positions).logits, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("as_embeddings", [False, True])
+def test_what_follows_a_cache_is_classified_under_the_mask_of_the_whole_as_in_one_pass(as_embeddings):
+    model, ids, labels = adapted(), tokens(2, 9), torch.tensor([0, 2])
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0  # padding within what is new
+    whole = model(ids, attention_mask=mask, labels=labels, output_shadow_logits=True)
+    cache = model(ids[:, :5], attention_mask=mask[:, :5], use_cache=True)[CACHE]
+    more = ids[:, 5:]
+    inputs = {"inputs_embeds": model.get_input_embeddings()(more)} if as_embeddings else {"input_ids": more}
+    found = model(**inputs, **{CACHE: cache}, attention_mask=mask, labels=labels, output_shadow_logits=True)
+    assert_close((found.logits, found.shadow_logits, found.loss), (whole.logits, whole.shadow_logits, whole.loss))
 
 
 def test_the_loss_is_the_sum_of_both_heads_and_both_heads_get_gradients():

@@ -1,7 +1,6 @@
 """``generate(speculative=...)``: checks, the way through transformers' ``generate``, and back to plain decoding."""
 
 import copy
-import inspect
 import warnings
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from shadowpeft.generate.statistics import SpeculativeOutput
 from shadowpeft.generate.timeline import is_fixed
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.cache import CACHE, shadow_view
+from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
 
 
@@ -57,13 +57,13 @@ def generate(
             token healing, or a call without a shadow or a cache.
     """
     settings = as_speculative(speculative)
-    kwargs = _by_name(model, args, kwargs)
+    kwargs = by_name(model, args, kwargs)
     for name in _OTHER_WAYS:
-        if kwargs.get(name) is not None:
+        if setting(model, kwargs, name) is not None:
             raise ConfigError(f"speculative={speculative!r} and {name}= are two ways of decoding; give one of them")
     if kwargs.get("num_beams", 1) not in (None, 1):
         raise ConfigError(_NO_BEAMS.format(kwargs["num_beams"]))
-    if _setting(model, kwargs, "token_healing"):
+    if setting(model, kwargs, "token_healing"):
         raise ConfigError("token_healing=True rewrites the prompt, which is not done while speculating; leave one of them out")
     network = model._chosen(kwargs.get("adapter"))
     if network is None:
@@ -76,25 +76,9 @@ def generate(
 _NO_BEAMS = "speculative decoding follows one sequence a row, but num_beams={}; use num_beams=1 or leave out speculative="
 
 
-def _by_name(model: ShadowModelForCausalLM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of ``generate``, those given by position under their names."""
-    plain: Any = GenerationMixin
-    given = inspect.signature(plain.generate).bind(model, *args, **kwargs).arguments
-    others = given.pop("kwargs", {})
-    return {name: value for name, value in given.items() if name != "self"} | others
-
-
-def _setting(model: ShadowModelForCausalLM, kwargs: dict[str, Any], name: str) -> Any:
-    """What ``generate`` goes by: the argument, else the given config's value, else the model's."""
-    if name in kwargs:
-        return kwargs[name]
-    value = getattr(kwargs.get("generation_config"), name, None)
-    return getattr(model.generation_config, name, None) if value is None else value
-
-
 def _with_stop_strings(model: ShadowModelForCausalLM, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Stop strings as a criterion, since ``generate`` takes the tokenizer away from custom decoding methods."""
-    strings, tokenizer = _setting(model, kwargs, "stop_strings"), kwargs.get("tokenizer")
+    strings, tokenizer = setting(model, kwargs, "stop_strings"), kwargs.get("tokenizer")
     if not strings or tokenizer is None:
         return kwargs
     kwargs = {name: value for name, value in kwargs.items() if name not in ("stop_strings", "tokenizer")}
@@ -102,7 +86,7 @@ def _with_stop_strings(model: ShadowModelForCausalLM, kwargs: dict[str, Any]) ->
     if config is not None:
         kwargs["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
-    if config is None or _setting(model, {}, "stop_strings") is not None:
+    if config is None or setting(model, {}, "stop_strings") is not None:
         # Beside a config that has none the model's would count; an argument counts before both.
         kwargs["stop_strings"] = None
     criterion = StopStringCriteria(stop_strings=strings, tokenizer=tokenizer)

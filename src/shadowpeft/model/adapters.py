@@ -30,10 +30,11 @@ class AdaptedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def __init__(self, base: PreTrainedModel, config: ShadowConfig | None = None, adapter_name: str = "default") -> None:
+        check_bare(base)
         check_base(base, first_block=0)
         check_name(adapter_name)
         super().__init__(base.config)
-        self.base = base.requires_grad_(False)
+        self.base = base
         if getattr(base, "hf_device_map", None) is not None:
             self.hf_device_map = base.hf_device_map  # by which transformers' Trainer knows not to move it
         self.networks = nn.ModuleDict()
@@ -41,6 +42,8 @@ class AdaptedModel(PreTrainedModel):
         if config is not None:
             self._register(adapter_name, build_network(base, config))
         self._handles = attach(base)
+        self._is_on_base = True  # beside the handles, which torch.compile cannot look at
+        base.requires_grad_(False)  # behind all that may refuse it, which leaves it as it was
         self.post_init()
         if self.can_generate():
             self.generation_config = base.generation_config
@@ -70,7 +73,10 @@ class AdaptedModel(PreTrainedModel):
 
     def _check_new_name(self, adapter_name: str) -> None:
         if adapter_name in self.networks:
-            raise AdapterError(f"there is already an adapter {adapter_name!r}; delete it first or take another name")
+            raise AdapterError(
+                f"there is already an adapter {adapter_name!r}; give this one another name, as in adapter_name='other', or "
+                f"take that one away with delete_adapter({adapter_name!r})"
+            )
         check_name(adapter_name)
 
     def set_adapter(self, adapter_name: str) -> None:  # type: ignore[override]
@@ -117,12 +123,26 @@ class AdaptedModel(PreTrainedModel):
     def _chosen(self, adapter: str | None) -> ShadowNetwork | None:
         """The network of a call; None for the untouched base."""
         name = adapter or override_for(self) or self.active_adapter
-        return None if name == BASE else self.network(name)
+        return None if name == BASE else self._attached(name)
+
+    def _attached(self, adapter_name: str | None = None) -> ShadowNetwork:
+        """The network of an adapter (default: the active one), for a call.
+
+        Raises:
+            AdapterError: :meth:`unload` took the hooks off, without which the base would go on uncorrected.
+        """
+        if not self._is_on_base:
+            raise AdapterError(
+                "unload() took this shadow model off its base, so a call would get the base's output; call the base itself, or "
+                "adapt it anew with get_shadow_model(base, config) or ShadowModel.from_pretrained(FOLDER, base)"
+            )
+        return self.network(adapter_name)
 
     def unload(self) -> PreTrainedModel:
-        """Takes the hooks off and returns the base, bit for bit what it was. This model is unusable afterwards."""
+        """Takes the hooks off and returns the base, bit for bit what it was. This model cannot be called afterwards."""
         for handle in self._handles:
             handle.remove()
+        self._is_on_base = False
         return self.base
 
     def merge_and_unload(self) -> None:
@@ -148,6 +168,24 @@ class AdaptedModel(PreTrainedModel):
 
     def get_base_model(self) -> PreTrainedModel:
         return self.base
+
+
+def check_bare(base: Any) -> None:
+    """Refuses what is adapted or wrapped already.
+
+    Raises:
+        AdapterError: it is a shadow model, or no model of transformers but one around it, such as PEFT's.
+    """
+    if isinstance(base, AdaptedModel):
+        raise AdapterError(
+            f"{type(base).__name__} carries a shadow already; give it another adapter with add_adapter(name, config) or "
+            "load_adapter(FOLDER, name), or take it off first: base = model.unload()"
+        )
+    if not isinstance(base, PreTrainedModel):
+        raise AdapterError(
+            f"a base is a loaded model of transformers, not {type(base).__name__}; of a PEFT model pass what "
+            "merge_and_unload() or unload() returns, of another wrapper the model within"
+        )
 
 
 def check_name(adapter_name: str) -> None:

@@ -13,6 +13,7 @@ from shadowpeft.core import ShadowConfig
 from shadowpeft.core.head_loss import IGNORE, HeadLosses, LossSpec
 from shadowpeft.core.lean import lean_graph
 from shadowpeft.core.losses import (
+    causal_lm_loss,
     combine,
     last_token,
     next_token_labels,
@@ -20,10 +21,11 @@ from shadowpeft.core.losses import (
     sequence_classification_loss,
     shared_head_losses,
 )
-from shadowpeft.errors import AdapterError
+from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE, one_cache
+from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.wrapper import ShadowModel
 
 # Ways of decoding beyond transformers' own, by the keyword of ``generate`` that asks for them. ``shadowpeft.generate``
@@ -82,7 +84,6 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         adapter: str | None = None,
         output_shadow_logits: bool = False,
         output_logits: bool | None = None,
-        label_smoothing: float = 0.0,
         return_dict: bool | None = None,
         cache: Cache | None = None,
         **kwargs: Any,
@@ -97,9 +98,12 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             adapter: name of the adapter for this call; ``"__base__"`` for none; default: the active one.
             output_shadow_logits: also return the shadow head on s(0).
             output_logits: whether to return logits. They cost more memory than anything else in a training step, so by
-                default they are left out in training mode with labels, and returned otherwise.
-            label_smoothing: share of every target that is spread evenly over the vocabulary, in both losses.
+                default they are left out in training mode with labels, and returned otherwise. The base alone always has them.
+            label_smoothing: by keyword; share of every target that is spread evenly over the vocabulary, in both losses.
         """
+        # Not in the signature: transformers' Trainer takes every parameter with "label" in its name for a column of labels,
+        # and evaluates without a loss where the batch lacks it.
+        label_smoothing = kwargs.pop("label_smoothing", 0.0)
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -111,10 +115,9 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         past_key_values = one_cache(past_key_values, cache)
         network = self._chosen(adapter)
         if network is None:
-            if labels is not None:
-                inputs |= {"labels": labels, "num_items_in_batch": num_items_in_batch}
-            inputs[CACHE] = past_key_values
-            return self.base(use_cache=use_cache, logits_to_keep=logits_to_keep, return_dict=return_dict, **inputs)
+            refuse_without_shadow(output_shadow_logits, output_logits)
+            inputs |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep, CACHE: past_key_values}
+            return self._base_alone(inputs, labels, num_items_in_batch, label_smoothing, return_dict)
         if output_logits is None:
             output_logits = labels is None or not self.training
         last_block = None
@@ -146,6 +149,23 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
+    def _base_alone(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        label_smoothing: float,
+        return_dict: bool | None,
+    ) -> Any:
+        """The untouched base's output, whose own loss knows no smoothing."""
+        if labels is None or not label_smoothing:
+            options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items}
+            return self.base(return_dict=return_dict, **inputs, **options)
+        output = self.base(return_dict=True, **inputs)
+        loss = causal_lm_loss(output.logits, labels, num_items, label_smoothing=label_smoothing)
+        result = type(output)(**{**output, "loss": loss})
+        return result.to_tuple() if return_dict is False else result
+
     def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
         """As in transformers, with everything it offers but LayerSkip (``assistant_early_exit``).
 
@@ -157,10 +177,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         Raises:
             NotImplementedError: LayerSkip, which runs the base on its first blocks alone.
         """
-        # As transformers reads it: the argument, else the given config's, else what the model's own has.
-        configs = (kwargs.get("generation_config"), args[1] if len(args) > 1 else None, self.generation_config)
-        values = (kwargs.get("assistant_early_exit"), *(getattr(config, "assistant_early_exit", None) for config in configs))
-        if any(value is not None for value in values):
+        if setting(self, by_name(self, args, kwargs), "assistant_early_exit") is not None:
             raise NotImplementedError(
                 "assistant_early_exit runs the first blocks alone, without the shadow's later steps; draft with the "
                 "shadow instead: generate(..., speculative=4)"
@@ -204,7 +221,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         options: dict[str, Any] = {"inputs_embeds": None, "past_key_values": None, "use_cache": False}
         with lean_graph():
             output, initial = self._run_attached(
-                self.network(), input_ids=input_ids, attention_mask=attention_mask, **options
+                self._attached(), input_ids=input_ids, attention_mask=attention_mask, **options
             )
         return output.last_hidden_state, initial
 
@@ -268,10 +285,11 @@ class ShadowModelForSequenceClassification(ShadowModel):
         past_key_values = one_cache(past_key_values, cache)
         network = self._chosen(adapter)
         if network is None:
+            refuse_without_shadow(output_shadow_logits)
             inputs[CACHE] = past_key_values
             return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
-        mask = self._padding_mask(input_ids, attention_mask)
         given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
+        mask = self._padding_mask(given, input_ids, attention_mask)
         if labels is not None and given is not None:
             last_block = self._last_block_at(last_token(given, mask), kwargs)
         with lean_graph():
@@ -301,10 +319,15 @@ class ShadowModelForSequenceClassification(ShadowModel):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def _padding_mask(self, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-        """[B, T] of what is not padding; without a mask, from the pad token, as transformers' own classifiers do."""
+    def _padding_mask(self, given: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """[B, T] of what is not padding; without a mask, from the pad token, as transformers' own classifiers do.
+
+        Args:
+            given: the ids [B, T] or embeddings [B, T, d] of the call.
+            attention_mask: [B, past + T] where a cache holds what came before.
+        """
         if attention_mask is not None and attention_mask.dim() == 2:
-            return attention_mask
+            return attention_mask if given is None else attention_mask[:, -given.shape[1] :]
         pad = self.config.pad_token_id
         return None if input_ids is None or pad is None else (input_ids != pad).to(torch.int64)
 
@@ -319,7 +342,7 @@ def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: 
     Raises:
         ArchitectureError: the base is not supported.
         ConfigError: the config does not fit it.
-        AdapterError: it already carries a shadow, or the name is not usable as one.
+        AdapterError: it already carries a shadow or is a PEFT model, or the name is not usable as one.
     """
     return task_model_class(base)(base, config, adapter_name)
 
@@ -328,6 +351,17 @@ def refuse_rows(kwargs: dict[str, Any]) -> None:
     """Raises AdapterError for PEFT's ``adapter_names``: an adapter for each row, which this model does not have."""
     if kwargs.get("adapter_names") is not None:
         raise AdapterError("adapter_names is not supported: a call uses one adapter; pass adapter=NAME for each group")
+
+
+def refuse_without_shadow(output_shadow_logits: bool, output_logits: bool | None = None) -> None:
+    """Raises ConfigError for what a call of the base alone cannot give: the shadow's logits, or a loss without logits."""
+    if output_shadow_logits:
+        raise ConfigError(
+            "output_shadow_logits=True asks for the shadow's logits, but this call uses the base alone; leave it out, or call "
+            "with an adapter"
+        )
+    if output_logits is False:
+        raise ConfigError("output_logits=False is not for a call of the base alone, which always has logits; leave it out")
 
 
 def _plain(loss: Tensor | None) -> Tensor | None:

@@ -2,19 +2,20 @@
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from shadowpeft.core import ShadowNetwork, ShadowRun
+from shadowpeft.core import ShadowConfig, ShadowNetwork, ShadowRun
 from shadowpeft.core.needed_rows import only_rows, row_wise_weights
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model import checkpoint, detach
-from shadowpeft.model.adapters import AdaptedModel
+from shadowpeft.model.adapters import AdaptedModel, check_bare
 from shadowpeft.model.architectures import blocks_of, decoder_of
 from shadowpeft.model.cache import CACHE, shadow_view
 from shadowpeft.model.sharded import gathered_state
@@ -34,6 +35,15 @@ _WRAPPERS = ("_orig_mod.", "module.")
 
 class ShadowModel(AdaptedModel):
     """What both task models share: saving, loading, detaching, and the pass of base and shadow."""
+
+    def __init__(self, base: PreTrainedModel, config: ShadowConfig | None = None, adapter_name: str = "default") -> None:
+        expected = model_class_for(base)
+        if not isinstance(self, expected):
+            raise AdapterError(
+                f"{type(self).__name__} does not fit the base {type(base).__name__}; use {expected.__name__}, or let "
+                "get_shadow_model and ShadowModel.from_pretrained choose the class"
+            )
+        super().__init__(base, config, adapter_name)
 
     def detach(self, adapter_name: str | None = None) -> PreTrainedModel:
         """The shadow alone, as an ordinary model of its own class: ``head(proj(f_shadow(x)))``, projection folded in.
@@ -78,7 +88,7 @@ class ShadowModel(AdaptedModel):
         if not is_main_process:
             return
         name = self.active_adapter if adapter_name is None else adapter_name
-        folder = Path(save_directory)
+        folder = Path(expanduser(save_directory))
         checkpoint.save_adapter(
             self.base,
             self.network(name),
@@ -125,17 +135,19 @@ class ShadowModel(AdaptedModel):
 
         Args:
             adapter_path: folder or hub name.
+            adapter_name: one that is free. The first adapter of a model is ``"default"`` unless it was given another name.
             is_trainable: leave its weights trainable if it is the active one.
             allow_other_weights: load even if the base's weights differ from those it was trained on.
             shadow_model: where the pretrained shadow is now, if the adapter was saved without its weights.
 
         Raises:
             CheckpointError: the adapter is damaged or made for another base; nothing is changed then.
+            AdapterError: the name is taken or not usable as one.
         """
         self._check_new_name(adapter_name)
         network = checkpoint.load_adapter(
             self.base,
-            adapter_path,
+            expanduser(adapter_path),
             allow_other_weights=allow_other_weights,
             shadow_model=shadow_model,
             **hub_options,
@@ -160,11 +172,16 @@ class ShadowModel(AdaptedModel):
         """Loads an adapter onto ``base``, or onto the base it names (``base_options`` go to its from_pretrained).
 
         Raises:
-            ConfigError: ``base_options`` beside a base that is loaded already.
+            ConfigError: ``base_options`` beside a base that is loaded already, or the two in peft's order.
             CheckpointError: as :meth:`load_adapter`.
-            AdapterError: the name is not usable as one.
+            AdapterError: the name is not usable as one, the base carries a shadow, or this is the class of the other task.
         """
-        hub_options = hub_options or {}
+        if isinstance(adapter_path, nn.Module):
+            raise ConfigError(
+                f"the adapter comes first and the base second, other than in peft: {cls.__name__}.from_pretrained(FOLDER, "
+                f"model); the first argument is a {type(adapter_path).__name__}"
+            )
+        adapter_path, hub_options = expanduser(adapter_path), hub_options or {}
         if base is not None and base_options:
             raise ConfigError(
                 f"{', '.join(base_options)} would load a base, but base= is one already; options for fetching the adapter "
@@ -172,6 +189,7 @@ class ShadowModel(AdaptedModel):
             )
         if base is None:
             base = checkpoint.load_base(adapter_path, hub_options, **base_options)
+        check_bare(base)
         network = checkpoint.load_adapter(
             base, adapter_path, allow_other_weights=allow_other_weights, shadow_model=shadow_model, **hub_options
         )

@@ -1,4 +1,4 @@
-"""What an optimizer of one's own needs to train a shadow as ShadowTrainer does."""
+"""Which weights are trained at which multiple of the learning rate, by ShadowTrainer and by an optimizer of one's own."""
 
 from typing import Any
 
@@ -27,14 +27,31 @@ def parameter_groups(
         adapter_name: whose weights; None: the active adapter's.
     """
     network = model.network(adapter_name)
-    multipliers = dict.fromkeys(network.backbone.parameters(), network.config.shadow_lr_multiplier)
-    multipliers |= dict.fromkeys(heads_of(network), head_lr_multiplier)
+    parts = multiplied_parts(network, heads=head_lr_multiplier)
+    multipliers = {parameter: multiplier for part, multiplier in parts for parameter in part}
     groups: dict[tuple[float, float], list[Any]] = {}
     for parameter in network.parameters():
         if parameter.requires_grad:
             rate = learning_rate * multipliers.get(parameter, 1.0)
             groups.setdefault((rate, weight_decay if parameter.ndim > 1 else 0.0), []).append(parameter)
     return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+
+
+def multiplied_parts(
+    model: nn.Module, *, heads: float, backbone: float | None = None
+) -> list[tuple[list[nn.Parameter], float]]:
+    """(weights, multiple of the learning rate) of every part with one of its own; all other weights have the rate as it is.
+
+    Args:
+        model: a network, or any other model, which has heads alone.
+        heads: the multiple of classification heads.
+        backbone: that of the shadow backbone; None: what the network's config says.
+    """
+    parts = [(heads_of(model), heads)]
+    if isinstance(model, ShadowNetwork):
+        multiplier = model.config.shadow_lr_multiplier if backbone is None else backbone
+        parts.insert(0, (list(model.backbone.parameters()), multiplier))
+    return parts
 
 
 def heads_of(model: nn.Module) -> list[nn.Parameter]:

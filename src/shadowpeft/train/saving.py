@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,27 @@ class SafeTrainer(Trainer):
     A process killed at any moment leaves earlier checkpoints whole and at most a temporary folder, which the next save
     removes. A full disk ends in one :class:`SaveError`. With several processes all of them write to the same temporary
     folder, and the first one renames it when all have finished. A loss or gradient that is not finite ends the run in one
-    :class:`NotFiniteError` before it reaches the weights.
+    :class:`NotFiniteError` before it reaches the weights. One process uses one device, however many it sees.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._use_one_device()
         self._staging: Path | None = None
         self._batch_in_step = 0
+
+    def _use_one_device(self) -> None:
+        """Instead of transformers' nn.DataParallel, whose copies have no parameters of their own to read a dtype from."""
+        num_devices = self.args.n_gpu
+        if num_devices <= 1:
+            return
+        self.args._n_gpu = 1
+        self._train_batch_size = self.args.train_batch_size  # which transformers had multiplied by the devices
+        warnings.warn(
+            f"this process sees {num_devices} GPUs and trains on the first alone; to use all, start one process for each with "
+            f"accelerate launch --num_processes {num_devices} ..., to use one without this warning set CUDA_VISIBLE_DEVICES",
+            stacklevel=4,
+        )
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """As in transformers, which logs an earlier loss where this one is no number, and goes on."""

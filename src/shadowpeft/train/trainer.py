@@ -17,7 +17,7 @@ from shadowpeft.model.cache import CACHE
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
 from shadowpeft.model.sharded import is_sharded
 from shadowpeft.model.tasks import ShadowModelForCausalLM
-from shadowpeft.train.groups import heads_of
+from shadowpeft.train.groups import heads_of, multiplied_parts
 from shadowpeft.train.saving import SafeTrainer
 
 LOSS_PARTS = ("main_loss", "shadow_loss", "distillation_loss")
@@ -70,18 +70,15 @@ class ShadowTrainer(SafeTrainer):
         adapted = self.accelerator.unwrap_model(self.model)
         if not is_new:
             return optimizer
-        trained: nn.Module = adapted
-        if isinstance(adapted, ShadowModel):
-            trained, given = adapted.network(), self._shadow_lr_multiplier
-            multiplier = trained.config.shadow_lr_multiplier if given is None else given
-            _split_groups(optimizer, set(trained.backbone.parameters()), multiplier)
-        heads = set(heads_of(trained))
-        if self._head_lr_multiplier != 1.0 and not heads and trains_classes(adapted):
+        trained: nn.Module = adapted.network() if isinstance(adapted, ShadowModel) else adapted
+        if self._head_lr_multiplier != 1.0 and not heads_of(trained) and trains_classes(adapted):
             raise ConfigError(
                 f"head_lr_multiplier={self._head_lr_multiplier} is for a head called 'score', and {type(trained).__name__} has "
                 "none; leave it 1"
             )
-        _split_groups(optimizer, heads, self._head_lr_multiplier)
+        parts = multiplied_parts(trained, heads=self._head_lr_multiplier, backbone=self._shadow_lr_multiplier)
+        for weights, multiplier in parts:
+            _split_groups(optimizer, set(weights), multiplier)
         return optimizer
 
     def _add_parts(self, outputs: Any) -> None:

@@ -1,0 +1,93 @@
+"""ShadowTrainer and transformers' own Trainer on a shadow model: evaluating, the best checkpoint, several GPUs."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+from transformers.utils.generic import find_labels
+
+from models import tiny_base, tiny_config, tokens
+from shadowpeft import ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
+from shadowpeft.train import ShadowTrainer
+from shadowpeft.train.saving import SafeTrainer
+
+
+def made(kind, **config):
+    """(a model, its rows)."""
+    base = tiny_base(dtype=torch.float32, labels=3 if kind == "classifier" else None)
+    task = "SEQ_CLS" if kind == "classifier" else "CAUSAL_LM"
+    model = get_shadow_model(base, tiny_config(adapter_dtype="float32", task_type=task, **config))
+    labels = (lambda row, index: index % 3) if kind == "classifier" else (lambda row, index: row)
+    return model, [{"input_ids": row, "labels": labels(row, index)} for index, row in enumerate(tokens(4, 6))]
+
+
+def trainer(trainer_class, folder, model, rows, *, compute_metrics=None, **options):
+    arguments = TrainingArguments(
+        output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        **{"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2} | options,
+    )  # fmt: skip
+    return trainer_class(model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=compute_metrics)
+
+
+def test_transformers_finds_one_column_of_labels_in_a_models_signature():
+    for model_class in (ShadowModelForCausalLM, ShadowModelForSequenceClassification):
+        assert find_labels(model_class) == ["labels"]
+
+
+@pytest.mark.parametrize("kind", ["language model", "classifier"])
+@pytest.mark.parametrize("trainer_class", [Trainer, ShadowTrainer])
+def test_evaluating_gives_the_models_loss_and_calls_the_metric(tmp_path, trainer_class, kind):
+    model, rows = made(kind)
+    found = trainer(trainer_class, tmp_path, model, rows, compute_metrics=lambda _: {"ours": 7.0}).evaluate()
+    ids, labels = (torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in ("input_ids", "labels"))
+    expected = model.eval()(ids, labels=labels).loss.item()
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)  # sums of float32 in another order
+    assert found["eval_ours"] == 7.0
+
+
+@pytest.mark.parametrize("metric", ["loss", "ours"])
+@pytest.mark.parametrize("kind", ["language model", "classifier"])
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, kind, metric):
+    model, rows = made(kind)
+    values = iter([1.0, 3.0, 2.0])
+    options = {"greater_is_better": True, "metric_for_best_model": "ours"} if metric == "ours" else {}
+    best = trainer(
+        ShadowTrainer, tmp_path, model, rows, compute_metrics=lambda _: {"ours": next(values)},
+        load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, **options,
+    )  # fmt: skip
+    best.train()
+    losses = [entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry]
+    expected = 2 if metric == "ours" else 1 + losses.index(min(losses))
+    folder = tmp_path / f"checkpoint-{expected}"
+    assert best.state.best_model_checkpoint == str(folder)
+    assert_close(dict(model.network().state_dict()), load_file(folder / "shadow_model.safetensors"))
+
+
+@pytest.mark.parametrize("trainer_class", [SafeTrainer, ShadowTrainer])
+def test_a_process_that_sees_several_gpus_uses_one_and_says_how_to_use_all(tmp_path, trainer_class):
+    """transformers would wrap the model in nn.DataParallel; on a CPU its count of GPUs has to be made up."""
+    model, rows = made("language model")
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[], per_device_train_batch_size=2)
+    assert arguments.n_gpu <= 1
+    arguments._n_gpu = 2
+    with pytest.warns(UserWarning, match=r"sees 2 GPUs and trains on the first alone.*accelerate launch --num_processes 2"):
+        one = trainer_class(model, arguments, train_dataset=rows)
+    assert one._wrap_model(model) is model
+    assert next(iter(one.get_train_dataloader()))["input_ids"].shape == (2, 6)
+
+
+def test_what_the_tutorial_says_of_the_plain_trainer_is_so(tmp_path):
+    model, rows = made("classifier", shadow_lr_multiplier=0.5)
+    kinds = []
+    plain = trainer(
+        Trainer, tmp_path, model, rows, compute_metrics=lambda found: kinds.append(type(found.predictions)) or {},
+        max_steps=1, save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    assert {group["lr"] for group in plain.create_optimizer().param_groups} == {1e-2}
+    plain.train()
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        plain.train(resume_from_checkpoint=True)
+    assert not any((tmp_path / "checkpoint-1" / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
+    plain.evaluate()
+    assert kinds == [tuple]
