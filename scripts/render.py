@@ -32,6 +32,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-kernel": speed.step_kernel_table,
     "compare-embedded": partial(quality.compare_table, "compare_small", "embedded", leave_out=("probe", "full")),
     "compare-embedded-all": partial(quality.compare_table, "compare_small", "embedded"),
+    "compare-unread": partial(quality.compare_table, "compare_unread", "unread"),
     "confirm": partial(quality.compare_table, "confirm", "embedded"),
     "compare-babyllama": partial(quality.compare_table, "compare_babyllama", "babyllama"),
     "compare-long": partial(quality.compare_table, "compare_long", "embedded"),

@@ -152,7 +152,10 @@ def test_the_recipe_of_the_other_base_solves_its_budget_and_keeps_a_methods_own_
     assert heads == {"shadow": 4, "attached": 1}
 
 
-LARGE = ("compare_small", "compare_long", "compare_babyllama", "other_base_search", "rank_search")
+LARGE = (
+    *("compare_small", "compare_long", "compare_babyllama", "compare_unread", "confirm"),
+    *("other_base_search", "rank_search"),
+)
 
 
 @pytest.mark.parametrize(("name", "more_than"), [*((name, 10) for name in LARGE), ("longer_search", 1), ("head_search", 4)])
