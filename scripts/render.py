@@ -39,6 +39,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "transfer": partial(quality.transfer_table, "compare_small", "embedded"),
     "transfer-long": partial(quality.transfer_table, "compare_long", "embedded"),
     "ablations": partial(quality.ablations_table, "compare_small", "embedded"),
+    "latency": partial(quality.latency_table, "compare_small", "embedded"),
     "scaling": partial(quality.scaling_table, "compare_small", "embedded"),
     "defaults-search": partial(quality.trials_table, "defaults_search"),
     "preset-study": quality.preset_table,

@@ -250,6 +250,24 @@ def with_range(score: dict[str, float]) -> str:
     return f"{percent(score['value'])} [{percent(score['low'])}, {percent(score['high'])}]"
 
 
+def latency_table(name: str, base: str) -> str:
+    """Milliseconds of prefill and of a further token, a line a variant, and what they are of the base's."""
+    rows = [row for row in result(f"{name}/summary")["tables"]["latency"] if row["base"] == base]
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    found = {(row["variant"], row["batch_size"]): row for row in rows}
+    heads = [f"batch {size}: {what}" for size in sizes for what in ("prefill ms", "ms a token", "base = 1")]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        shown = []
+        for size in sizes:
+            row, reference = found[variant, size], found["base", size]
+            ratio = row["token_ms"] / reference["token_ms"]
+            shown += [f"{row['prefill_ms']:.1f}", f"{row['token_ms']:.2f}", f"{ratio:.2f}"]
+        lines.append(f"| {variant} | {' | '.join(shown)} |")
+    tokens = f"{rows[0]['prompt_tokens']} tokens of prompt, {rows[0]['new_tokens']} new ones"
+    return "\n".join([*lines, "", f"{tokens}; medians of {rows[0]['rounds']} rounds."])
+
+
 def preset_table() -> str:
     """recipes/preset_study.py: exact answers of validation rows after trainings of full length."""
     columns = ("task", "steps", "correction", "weights", "attached", "95% interval", "detached", "rows")
