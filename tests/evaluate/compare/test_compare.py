@@ -14,7 +14,7 @@ from rich.console import Console
 import comparisons
 from shadowpeft.core.config import PRESETS, ShadowConfig
 from shadowpeft.errors import ConfigError
-from shadowpeft.evaluate.compare import compare, read_recipe
+from shadowpeft.evaluate.compare import compare, latency, read_recipe
 from shadowpeft.evaluate.compare.command import show_plan
 from shadowpeft.evaluate.compare.estimate import StepTime
 from shadowpeft.evaluate.compare.gather import gather
@@ -234,6 +234,18 @@ def test_latency_holds_merged_and_unmerged_lora_and_the_shadow_attached_and_deta
     } <= names
     assert {entry["batch_size"] for entry in entries} == {1, 2}
     assert {entry["prompt_tokens"] for entry in entries} == {8}  # of both batch sizes, so they can be compared
+
+
+def test_a_drafting_variant_that_writes_other_tokens_is_not_timed():
+    class Other(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def generate(self, input_ids, speculative=None, **options):
+            return torch.cat([input_ids, torch.full_like(input_ids[:, :1], 1 if speculative else 2)], 1)
+
+    variants = {"shadow (attached)": (Other(), {}), "shadow (attached, speculative)": (Other(), {"speculative": 4})}
+    with pytest.raises(RuntimeError, match=r"speculative.* generates other tokens than plain decoding"):
+        latency._check_drafting(variants, {"input_ids": torch.ones(1, 2, dtype=torch.long)}, 1, comparisons.byte_tokenizer())
 
 
 def test_the_report_has_every_part_and_its_pictures(everything):

@@ -31,6 +31,9 @@ def measure_latency(
 ) -> list[dict[str, Any]]:
     """One entry for each variant and batch size: median milliseconds of prefill and of one further token of the batch.
 
+    Raises:
+        RuntimeError: drafting gives other tokens than plain decoding, so its time would mean nothing.
+
     Args:
         adapted: method -> trained model.
         settings: ``prompt_tokens`` (prompts are cut or repeated to it), ``new_tokens``, ``batch_sizes``, ``rounds``.
@@ -44,6 +47,7 @@ def measure_latency(
     entries = []
     for batch_size in settings.get("batch_sizes", (1, 8)):
         batch = prompt_batch(tokenizer, task, rows, batch_size, settings.get("prompt_tokens", 64))
+        _check_drafting(variants, batch, new_tokens, tokenizer)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         for round_index in range(rounds + 1):
             for name, (model, options) in variants.items():
@@ -107,28 +111,43 @@ def _timed(
     options: dict[str, Any],
 ) -> tuple[float, float]:
     """(seconds to the first token, seconds to the last of ``new_tokens``), greedy and never stopped by an end token."""
-    inputs = {name: part.to(model.device) for name, part in batch.items()}
-
-    def run(count: int) -> None:
-        model.generate(
-            **inputs,
-            max_new_tokens=count,
-            min_new_tokens=count,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=padding_id(tokenizer),
-            use_cache=True,
-            **(options if count > 1 else {}),
-        )
-
     with evaluating(model), torch.inference_mode():
-        return _seconds(lambda: run(1)), _seconds(lambda: run(new_tokens))
+        first = _seconds(lambda: _generate(model, batch, 1, tokenizer, {}))
+        return first, _seconds(lambda: _generate(model, batch, new_tokens, tokenizer, options))
 
 
-def _seconds(call: Callable[[], None]) -> float:
+def _generate(
+    model: Any, batch: dict[str, torch.Tensor], count: int, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any]
+) -> torch.Tensor:
+    """Prompt and ``count`` new tokens [B, T + count]."""
+    return model.generate(
+        **{name: part.to(model.device) for name, part in batch.items()},
+        max_new_tokens=count,
+        min_new_tokens=count,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        pad_token_id=padding_id(tokenizer),
+        use_cache=True,
+        **options,
+    )
+
+
+def _check_drafting(
+    variants: Variants, batch: dict[str, torch.Tensor], count: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for name, (model, options) in variants.items():
+        if not options:
+            continue
+        with evaluating(model), torch.inference_mode():
+            drafted, plain = (_generate(model, batch, count, tokenizer, each) for each in (options, {}))
+        if not torch.equal(drafted, plain):
+            raise RuntimeError(f"{name} generates other tokens than plain decoding; its time says nothing")
+
+
+def _seconds(call: Callable[[], Any]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
