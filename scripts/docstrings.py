@@ -14,7 +14,7 @@ class Docstrings(Extension):
 
     def on_attribute_instance(self, *, attr: Attribute, **_: Any) -> None:
         call = attr.value
-        if isinstance(call, ExprCall) and str(call.function) == "_field":
+        if isinstance(call, ExprCall) and str(call.function) == "setting":
             default, text = call.arguments
             attr.docstring = Docstring(ast.literal_eval(str(text)), parent=attr)
             attr.value = default
