@@ -25,7 +25,7 @@ from shadowpeft.generate.rollback import why_not_croppable, why_not_draftable
 from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
 from shadowpeft.generate.timeline import is_fixed
-from shadowpeft.model.architectures import decoder_of
+from shadowpeft.model.architectures import decoder_of, rope_border
 from shadowpeft.model.cache import CACHE, shadow_view
 from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
@@ -132,6 +132,7 @@ def speculative_decoding(
     view = shadow_view(cache, base=decoder_of(model.base).config, shadow=network.backbone.config)
     final_length = _final_length(input_ids, generation_config, model_kwargs)
     reason = why_not_croppable(cache, final_length) or why_not_draftable(view, final_length)
+    reason = reason or _why_not_across(rope_border(model.config), input_ids.shape[1], final_length)
     if reason is None and is_fixed(cache) and _uses_flash_attention(model):
         reason = "flash attention knows what is valid in a static cache by the length of the mask; use sdpa or a dynamic cache"
     if reason is not None:
@@ -166,6 +167,16 @@ def speculative_decoding(
 
 def _uses_flash_attention(model: ShadowModelForCausalLM) -> bool:
     return str(model.config._attn_implementation).startswith("flash")
+
+
+def _why_not_across(border: int | None, length: int, final_length: int) -> str | None:
+    """Why drafts cannot cross the border of a long rope: a pass over tokens of both sides would turn all by one's factors."""
+    if border is None or not length <= border <= final_length:
+        return None
+    return (
+        f"the text may pass {border} tokens, where this base's positions change; ask for fewer new tokens, or go on from a "
+        "longer prompt"
+    )
 
 
 def _final_length(input_ids: Tensor, config: GenerationConfig, model_kwargs: dict[str, Any]) -> int:

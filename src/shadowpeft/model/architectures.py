@@ -179,3 +179,14 @@ def _check_opt(config: PreTrainedConfig) -> None:
 
 def _is_encoder(config: PreTrainedConfig) -> bool:
     return config.is_encoder_decoder or config.model_type in {"bert", "roberta", "distilbert", "electra", "deberta-v2"}
+
+
+def rope_border(config: PreTrainedConfig) -> int | None:
+    """Length of text past which a "longrope" model turns all positions by other factors; None where they never change.
+
+    Keys that were cached up to there do not fit queries behind it.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return None
+    return rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)

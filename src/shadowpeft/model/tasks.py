@@ -22,7 +22,7 @@ from shadowpeft.core.losses import (
     shared_head_losses,
 )
 from shadowpeft.errors import AdapterError, ConfigError
-from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
+from shadowpeft.model.architectures import architecture_of, decoder_of, head_of, rope_border
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE, one_cache
 from shadowpeft.model.settings import by_name, setting
@@ -61,6 +61,14 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
 
 class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
     """A frozen causal language model adapted by a shadow."""
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As in transformers, and as Phi-3's own class has it: behind the border of its long rope the cache is made anew."""
+        border, cache = rope_border(self.config), kwargs.get(CACHE)
+        is_crossed = border is not None and cache is not None and input_ids.shape[1] > border >= cache.get_seq_length()
+        if is_crossed and self.config.model_type == "phi3":
+            kwargs |= {CACHE: None, "next_sequence_length": None}
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(

@@ -48,8 +48,9 @@ class ShadowModel(AdaptedModel):
     def detach(self, adapter_name: str | None = None) -> PreTrainedModel:
         """The shadow alone, as an ordinary model of its own class: ``head(proj(f_shadow(x)))``, projection folded in.
 
-        Where shapes allow it shares the memory of the base's embeddings and head, in modules of its own: casting, moving or
-        thawing it leaves the base alone, but copy it before training these two. ``save_pretrained`` writes them.
+        Where nothing is folded into them and the dtypes agree, it shares the memory of the base's embeddings and head (one
+        tensor where the base ties them), in modules of its own: casting, moving or thawing it leaves the base alone, but copy
+        it before training these two. In another dtype both are copies. ``save_pretrained`` writes them.
         """
         return detach.detached_model(self.base, self.network(adapter_name))
 

@@ -1,0 +1,51 @@
+"""Phi-3's long rope: past its original context all positions are turned by other factors, so what was cached does not fit."""
+
+import pytest
+import torch
+
+from models import tiny_base, tiny_config, tokens
+from shadowpeft import get_shadow_model
+from shadowpeft.generate import SpeculativeFallbackWarning
+
+BORDER = 12
+ROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [1.0, 3.0, 9.0, 27.0],
+    "original_max_position_embeddings": BORDER,
+}  # fmt: skip
+GREEDY = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def long_base():
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}  # so heads are 8 wide, as ROPE is for
+    return tiny_base("phi3", max_position_embeddings=64, original_max_position_embeddings=BORDER, rope_parameters=ROPE, **sizes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A fresh adapter, which changes nothing: what it writes is what the base writes."""
+    return get_shadow_model(long_base(), tiny_config(adapter_dtype="float64")).eval()
+
+
+def logits_of(model, ids, **options) -> torch.Tensor:
+    found = model.generate(ids, return_dict_in_generate=True, output_logits=True, **GREEDY, **options)
+    return torch.stack(found.logits, 1)
+
+
+def test_logits_across_the_border_are_the_base_s(model):
+    ids = tokens(1, BORDER - 4)
+    ours, theirs = (logits_of(each, ids, max_new_tokens=10) for each in (model, long_base()))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)  # the same operations in float64, some in another order
+
+
+def test_drafts_that_could_cross_the_border_are_not_made(model):
+    ids = tokens(1, BORDER - 4)
+    plain = model.generate(ids, max_new_tokens=10, **GREEDY)
+    with pytest.warns(SpeculativeFallbackWarning, match=f"may pass {BORDER} tokens, where this base's positions change"):
+        assert torch.equal(model.generate(ids, max_new_tokens=10, speculative=3, **GREEDY), plain)
+
+
+@pytest.mark.parametrize(("length", "new"), [(4, BORDER - 4), (BORDER + 1, 10)])
+def test_drafts_on_one_side_of_the_border_are(model, length, new):
+    ids = tokens(1, length)
+    plain = model.generate(ids, max_new_tokens=new, **GREEDY)
+    assert torch.equal(model.generate(ids, max_new_tokens=new, speculative=3, **GREEDY), plain)  # warnings are errors
