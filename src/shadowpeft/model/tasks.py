@@ -62,14 +62,19 @@ class ShadowClassifierOutput(SequenceClassifierOutputWithPast):
 class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
     """A frozen causal language model adapted by a shadow."""
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As in transformers, and as Phi-3's own class has it: behind the border of its long rope the cache is made anew."""
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in transformers, and as Phi-3's own class has it: behind the border of its long rope the cache is made anew.
+
+        ``inputs_embeds`` is named because ``generate`` takes embeddings only where this signature has them.
+        """
         border, cache = rope_border(self.config), kwargs.get(CACHE)
         is_crossed = border is not None and cache is not None and input_ids.shape[1] > border >= cache.get_seq_length()
         if is_crossed and self.config.model_type == "phi3":
             kwargs |= {CACHE: None, "next_sequence_length": None}
         plain: Any = super()  # checkers do not find it there
-        return plain.prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return plain.prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(
