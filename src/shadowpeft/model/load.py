@@ -1,6 +1,5 @@
 """Saved adapters as commands want them: attached to their base, with the tokenizer that goes with them."""
 
-from os.path import expanduser
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ def load_attached(
     adapter: str, *, base: str | None = None, allow_other_weights: bool = False
 ) -> tuple[ShadowModel, PreTrainedTokenizerBase | None]:
     """A saved adapter on its base (or on ``base``), and the tokenizer saved with it, else the base's, else None."""
-    folder = checkpoints.find_folder(expanduser(adapter))
+    folder = checkpoints.find_folder(adapter)
     described = checkpoints.read_config(folder)["base"]
     loaded: PreTrainedModel | None = None
     if base is not None:

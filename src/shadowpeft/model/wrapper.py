@@ -2,7 +2,6 @@
 
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ class ShadowModel(AdaptedModel):
         if not is_main_process:
             return
         name = self.active_adapter if adapter_name is None else adapter_name
-        folder = Path(expanduser(save_directory))
+        folder = Path(save_directory)
         checkpoint.save_adapter(
             self.base,
             self.network(name),
@@ -148,7 +147,7 @@ class ShadowModel(AdaptedModel):
         self._check_new_name(adapter_name)
         network = checkpoint.load_adapter(
             self.base,
-            expanduser(adapter_path),
+            adapter_path,
             allow_other_weights=allow_other_weights,
             shadow_model=shadow_model,
             **hub_options,
@@ -182,7 +181,7 @@ class ShadowModel(AdaptedModel):
                 f"the adapter comes first and the base second, other than in peft: {cls.__name__}.from_pretrained(FOLDER, "
                 f"model); the first argument is a {type(adapter_path).__name__}"
             )
-        adapter_path, hub_options = expanduser(adapter_path), hub_options or {}
+        hub_options = hub_options or {}
         if base is not None and base_options:
             raise ConfigError(
                 f"{', '.join(base_options)} would load a base, but base= is one already; options for fetching the adapter "

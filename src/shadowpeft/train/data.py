@@ -16,8 +16,6 @@ from shadowpeft.train.answers import Row
 from shadowpeft.train.sources import open_source, read_split
 from shadowpeft.train.tasks import SPLITS, Task
 
-IGNORED = IGNORE
-
 
 def load_rows(task: Task, split: str, *, source: Path | None = None, limit: int | None = None, seed: int = 0) -> list[Row]:
     """The rows of ``train``, ``validation`` or ``test``.
@@ -166,7 +164,7 @@ def encode_generation(
         context = cut_left(tokenizer, prompt, max_length - len(kept))
         targets_cut += len(kept) < len(answer)
         prompts_cut += len(context) < len(prompt)
-        examples.append({"input_ids": context + kept, "labels": [IGNORED] * len(context) + kept})
+        examples.append({"input_ids": context + kept, "labels": [IGNORE] * len(context) + kept})
     if rows and not examples:
         raise DataError(f"none of the {len(rows)} rows has an answer to learn; check the data of {task.name!r}")
     return examples, EncodingReport(
@@ -260,7 +258,7 @@ class AnswerCollator:
         if "labels" in examples[0]:
             labels = [example["labels"] for example in examples]
             is_class = isinstance(labels[0], int)
-            batch["labels"] = torch.tensor(labels) if is_class else self._pad(labels, width, IGNORED)
+            batch["labels"] = torch.tensor(labels) if is_class else self._pad(labels, width, IGNORE)
         return batch
 
     def _pad(self, rows: Sequence[list[int]], width: int, value: int) -> Tensor:

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from shadowpeft.core.head_loss import IGNORE
 from shadowpeft.evaluate.batches import evaluating, num_positions
 from shadowpeft.train.answers import Row
-from shadowpeft.train.data import IGNORED, AnswerCollator, encode_classification, encode_generation
+from shadowpeft.train.data import AnswerCollator, encode_classification, encode_generation
 from shadowpeft.train.tasks import Task
 
 
@@ -43,7 +44,7 @@ def answer_loss(
             logits = model(**batch).logits
             if wanted.dim() == 2:
                 logits, wanted = logits[:, :-1], wanted[:, 1:]
-            kept = wanted != IGNORED
+            kept = wanted != IGNORE
             total += F.cross_entropy(logits[kept].float(), wanted[kept], reduction="sum").item()
             count += int(kept.sum())
     return total / max(count, 1)

@@ -22,14 +22,14 @@ def main_table(gathered: Gathered) -> list[Entry]:
     for base in dict.fromkeys(key.base for key in keys):
         of_base = [key for key in keys if key.base == base]
         for method in dict.fromkeys(key.method for key in of_base):
-            own = [key for key in of_base if key.method == method]
-            for key in own:
+            own = {key: _pairs(gathered, key) for key in of_base if key.method == method}
+            for key, pairs in own.items():
                 scores = gathered.scores[key]
                 found = estimate(sample_of(recipe, scores, key.scored, sorted(scores)))
-                gaps = {other: difference(*pair) for other, pair in _pairs(gathered, key).items() if other != method}
+                gaps = {other: difference(*pair) for other, pair in pairs.items() if other != method}
                 further = _without(gaps, recipe.baseline)
                 table.append(_entry(key, found, gaps.get(recipe.baseline), scores) | {"further": further})
-            table += _means(gathered, base, method, own)
+            table += _means(recipe, base, method, own)
     return table
 
 
@@ -40,12 +40,11 @@ def _pairs(gathered: Gathered, key: Key) -> dict[str, tuple[Sample, Sample]]:
     return {other: pair for other, pair in found.items() if pair}
 
 
-def _means(gathered: Gathered, base: str, method: str, keys: list[Key]) -> list[Entry]:
+def _means(recipe: Recipe, base: str, method: str, pairs_of: dict[Key, dict[str, tuple[Sample, Sample]]]) -> list[Entry]:
     """Lines of the means over the tasks that a method and the baseline share, one a kind of task."""
-    recipe = gathered.recipe
     pairs: dict[str, dict[str, list[tuple[Sample, Sample]]]] = defaultdict(lambda: defaultdict(list))
-    for key in keys:
-        for other, pair in _pairs(gathered, key).items():
+    for key, of_key in pairs_of.items():
+        for other, pair in of_key.items():
             pairs[TASKS[recipe.tasks[key.scored].task].kind][other].append(pair)
     lines = []
     for kind, of_kind in pairs.items():
