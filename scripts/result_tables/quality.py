@@ -144,7 +144,7 @@ def compare_table(name: str, base: str, leave_out: tuple[str, ...] = ()) -> str:
 
 
 def named(task: str, kinds: dict[str, str], metric: str) -> str:
-    answered = {"classification": "class", "generation": "written"}[kinds[task]]
+    answered = {"classification": "class", "choice": "choice", "generation": "written"}[kinds[task]]
     return f"{task}{'†' if task in CHOSEN_BY else ''} ({answered}), {metric}"
 
 
@@ -179,11 +179,19 @@ def other_metrics(name: str, scores: dict[str, dict[str, Any] | None], width: in
 
 def notes(rows: list[dict[str, Any]], tasks: list[str], usual: int) -> str:
     most = max(row["rows"] for row in rows if row["task"] in tasks)
-    fewer = {row["task"]: f"{row['task']} {row['rows']:,}" for row in rows if row["task"] in tasks and row["rows"] < most}
-    said = f"{usual} seeds where nothing else is said; {most:,} test rows"
-    said += f" ({', '.join(fewer.values())})" if fewer else ""
+    of_task = {row["task"]: row["rows"] for row in rows if row["task"] in tasks}
+    fewer = {task: count for task, count in of_task.items() if count < most}
+    said = f"{usual} seeds where nothing else is said; "
+    if len(fewer) < len(of_task) / 2:
+        said += f"{most:,} test rows a task" + (f" ({_listed(fewer)})" if fewer else "")
+    else:
+        said += f"test rows: {_listed(of_task)}"
     chosen = " † The preset was chosen on validation rows of this task." if any(task in CHOSEN_BY for task in tasks) else ""
     return f"{said}; in brackets 95% intervals.{chosen}"
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def heading_of(row: dict[str, Any]) -> str:

@@ -128,6 +128,14 @@ def test_squad_answers_of_another_form_are_refused(answers):
         TASKS["squad_v2"].target(SPAN | {"answers": answers})
 
 
+def test_posts_without_a_word_are_left_out_of_20news(caplog):
+    """The hub's copy has had headers, quotations and signatures taken out, and some posts were nothing else."""
+    rows = [{"text": "on motors", "label": "autos"}, {"text": " \n", "label": "autos"}, {"text": "", "label": "space"}]
+    with caplog.at_level("INFO"):
+        assert TASKS["20news"].prepare(rows) == rows[:1]
+    assert "left out 2 rows without a text" in caplog.text
+
+
 # ---------------------------------------------------------------- choices
 
 

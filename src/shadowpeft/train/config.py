@@ -76,10 +76,10 @@ class TrainConfig:
         check_keys(values, {item.name for item in fields(cls)}, what="training config")
         shadow = values.get("shadow", {})
         if moved:  # as in the config.yaml of an older run
-            shadow = shadow.replace(**moved) if isinstance(shadow, ShadowConfig) else moved | _mapping(shadow, "shadow")
+            shadow = shadow.replace(**moved) if isinstance(shadow, ShadowConfig) else moved | as_mapping(shadow, "shadow")
             values["shadow"] = shadow
         if not isinstance(shadow, ShadowConfig):
-            shadow = dict(_mapping(shadow, "shadow"))
+            shadow = dict(as_mapping(shadow, "shadow"))
             preset = shadow.pop("preset", "paper")
             values["shadow"] = ShadowConfig.preset(preset, **shadow)
         return cls(**values)
@@ -104,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return _mapping(values, str(path))
+    return as_mapping(values, str(path))
 
 
 class _Loader(yaml.SafeLoader):
@@ -116,7 +116,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _mapping(values: Any, where: str) -> dict[str, Any]:
+def as_mapping(values: Any, where: str) -> dict[str, Any]:
     """Named values; None (an empty file or section) is none of them."""
     if values is None:
         return {}
@@ -135,5 +135,5 @@ def split_settings(settings: dict[str, Any]) -> tuple[dict[str, Any], dict[str, 
 def merge(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """``values`` with those of ``overrides`` in their place; the adapter's fields are merged one by one."""
     merged = {**values, **{key: value for key, value in overrides.items() if key != "shadow"}}
-    shadow = {**_mapping(values.get("shadow"), "shadow"), **_mapping(overrides.get("shadow"), "shadow")}
+    shadow = {**as_mapping(values.get("shadow"), "shadow"), **as_mapping(overrides.get("shadow"), "shadow")}
     return {**merged, "shadow": shadow} if shadow else merged

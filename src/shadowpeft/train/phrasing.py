@@ -110,6 +110,14 @@ def without_headers(rows: list[Row]) -> list[Row]:
     return kept
 
 
+def without_blank_texts(rows: list[Row]) -> list[Row]:
+    """Leaves texts without a word out and logs how many there were: a post that was all header, quotation and signature."""
+    kept = [row for row in rows if str(row["text"]).strip()]
+    if len(kept) < len(rows):
+        logger.info("left out %d rows without a text", len(rows) - len(kept))
+    return kept
+
+
 def mmlu_prompt(row: Row) -> str:
     options = [f"{letter}: {choice}" for letter, choice in zip(LETTERS, row["choices"], strict=False)]
     return "\n".join([str(row["question"]).strip(), *options, "Answer:"])

@@ -33,6 +33,7 @@ from shadowpeft.train.phrasing import (
     solution,
     squad_prompt,
     with_all_references,
+    without_blank_texts,
     without_headers,
     worked_answer,
 )
@@ -229,7 +230,7 @@ _ALL = (
         max_new_tokens=256,
     ),
     classification("amazon", hub_name="SetFit/amazon_reviews_multi_en"),
-    classification("20news", hub_name="SetFit/20_newsgroups"),
+    classification("20news", hub_name="SetFit/20_newsgroups", prepare=without_blank_texts),
     classification("trec", hub_name="CogComp/trec", aliases={"label": ("coarse_label", "label_coarse")}),
     # stanfordnlp/sst2 hides the labels of its test split; this copy has them.
     classification("sst2", hub_name="SetFit/sst2", aliases={"text": ("sentence",)}),

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import comparisons
 from shadowpeft.core.config import PRESETS, ShadowConfig
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.compare import compare, latency, read_recipe
+from shadowpeft.evaluate.compare.cells import run_cell
 from shadowpeft.evaluate.compare.command import show_plan
 from shadowpeft.evaluate.compare.estimate import StepTime
 from shadowpeft.evaluate.compare.gather import gather
@@ -89,8 +91,21 @@ def test_every_trained_method_had_the_same_number_of_trials_on_validation_rows(e
     results = results_of(everything[1], "search")
     assert {len(result["trials"]) for result in results} == {2}
     assert {trial["train"]["steps"] for result in results for trial in result["trials"]} == {1}
-    tested = {score["revision"] for result in results_of(everything[1], "main") for score in result["scores"].values()}
-    assert not tested & {result["validation_revision"] for result in results}
+
+
+def test_a_search_never_reads_test_rows(root, tmp_path, monkeypatch):
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe()))
+    splits, read = set(), Store.rows
+
+    def rows(store, name, split, limit=None):
+        splits.add(split)
+        return read(store, name, split, limit)
+
+    monkeypatch.setattr(Store, "rows", rows)
+    for cell in plan_cells(recipe):
+        if cell.section == "search" and cell.method == "lora":
+            run_cell(cell, Store(recipe=recipe, output=tmp_path, data_root=root))
+    assert splits == {"train", "validation"}
 
 
 def test_the_chosen_setting_is_the_one_that_the_final_runs_train_with(everything):
@@ -236,16 +251,25 @@ def test_latency_holds_merged_and_unmerged_lora_and_the_shadow_attached_and_deta
     assert {entry["prompt_tokens"] for entry in entries} == {8}  # of both batch sizes, so they can be compared
 
 
-def test_a_drafting_variant_that_writes_other_tokens_is_not_timed():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_drafting_variant_that_writes_other_tokens_is_not_timed_unless_tokens_can_be_level(dtype):
     class Other(torch.nn.Module):
         device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            self.dtype = dtype
 
         def generate(self, input_ids, speculative=None, **options):
             return torch.cat([input_ids, torch.full_like(input_ids[:, :1], 1 if speculative else 2)], 1)
 
     variants = {"shadow (attached)": (Other(), {}), "shadow (attached, speculative)": (Other(), {"speculative": 4})}
+    batch, tokenizer = {"input_ids": torch.ones(1, 2, dtype=torch.long)}, comparisons.byte_tokenizer()
+    if dtype == torch.bfloat16:
+        assert latency._check_drafting(variants, batch, 1, tokenizer) == {"shadow (attached, speculative)": 0.0}
+        return
     with pytest.raises(RuntimeError, match=r"speculative.* generates other tokens than plain decoding"):
-        latency._check_drafting(variants, {"input_ids": torch.ones(1, 2, dtype=torch.long)}, 1, comparisons.byte_tokenizer())
+        latency._check_drafting(variants, batch, 1, tokenizer)
 
 
 def test_the_report_has_every_part_and_its_pictures(everything):
@@ -641,3 +665,49 @@ def test_searches_come_right_before_the_first_cell_that_needs_them_and_seeds_one
     assert all(places[needed] < places[cell.id] for cell in cells for needed in cell.needs)
     seeds = [cell.seed for cell in cells if cell.section == "main"]
     assert seeds == sorted(seeds)
+
+
+@pytest.fixture(scope="module")
+def letters(root, tmp_path_factory) -> tuple[Path, Path]:
+    """(recipe, output) of tasks answered by a choice, one of them also scored after another's training."""
+    folder = tmp_path_factory.mktemp("letters")
+    shutil.copytree(root / "base", folder / "root" / "base")
+    for name in ("easy", "hard"):
+        rows = [{"subject": "s", "question": f"{name} {n}", "choices": ["a", "b"], "answer": n % 2} for n in range(80)]
+        comparisons.write_rows(folder / "root" / name, rows)
+    tasks = {"easy": {"task": "mmlu", "data": "easy", "score_on": ["easy", "hard"]}, "hard": {"task": "mmlu", "data": "hard"}}
+    values = comparisons.small_recipe(tasks=tasks, main={"methods": ["none", "lora", "shadow"]}, seeds=[0])
+    recipe = comparisons.write_recipe(folder / "small.yaml", values)
+    run_here(recipe, folder / "out", folder / "root")
+    compare(recipe, Console(quiet=True), output=folder / "out", data_root=folder / "root", report_only=True)
+    return recipe, folder / "out"
+
+
+def test_tasks_answered_by_a_choice_are_reported_with_a_mean_of_their_own(letters):
+    gathered = gather(read_recipe(letters[0]), letters[1])
+    assert not gathered.failed and not gathered.missing
+    assert {entry["mean_of"] for entry in main_table(gathered) if entry["scored"] is None} == {"choices"}
+    assert "mean of choices" in (letters[1] / "report.md").read_text()
+
+
+def test_two_trainings_that_are_scored_on_one_task_have_a_column_each(letters):
+    text = (letters[1] / "report.md").read_text()
+    assert "| method | easy (accuracy) | hard (trained on easy) (accuracy) | hard (accuracy) | mean of choices |" in text
+    table = json.loads((letters[1] / "summary.json").read_text())["tables"]["main"]
+    assert sorted(e["task"] for e in table if e["method"] == "lora" and e["scored"] == "hard") == ["easy", "hard"]
+
+
+def test_steps_are_measured_without_data_and_without_weights(root, tmp_path):
+    values = comparisons.small_recipe(main={"tasks": ["e2e"], "methods": ["none", "lora", "shadow", "own"]}, seeds=[0])
+    values["bases"]["tiny"]["config"] = json.loads((root / "base" / "config.json").read_text())
+    values["tasks"]["e2e"] = {"mean_tokens": 12, "num_rows": 100}
+    values["methods"]["own"] = {
+        "kind": "shadow-pretrained", "shadow": {"shadow_model": "no/where"}, "shadow_shape": values["bases"]["tiny"]["config"]
+    }  # fmt: skip
+    recipe = comparisons.write_recipe(tmp_path / "small.yaml", values)
+    lines = compare(recipe, Console(quiet=True), output=tmp_path / "out", plan=True, measure=True)
+    assert isinstance(lines, list)
+    hours = {line.method: line.hours for line in lines if line.section == "main"}
+    assert hours["none"] == 0 and hours["own"] is None  # its weights would have to be there
+    assert hours["lora"] > 0 and hours["shadow"] > 0
+    assert {line.source for line in lines if line.hours} == {"this machine"}

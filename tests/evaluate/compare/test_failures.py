@@ -1,22 +1,26 @@
 """What goes wrong in a long comparison: diverged trials, other data, other settings, a full disk."""
 
 import dataclasses
+import io
 import json
+import shutil
 import threading
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 
 import comparisons
-from shadowpeft.errors import ConfigError
+from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate.compare import cells as cells_module
 from shadowpeft.evaluate.compare import compare, read_recipe, runner
 from shadowpeft.evaluate.compare.cells import run_cell
 from shadowpeft.evaluate.compare.gather import gather
-from shadowpeft.evaluate.compare.plan import Cell, plan_cells
+from shadowpeft.evaluate.compare.plan import Cell, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.report import write_report
+from shadowpeft.evaluate.compare.results import write_failed
 from shadowpeft.evaluate.compare.runner import run_cells
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.files import SaveError
@@ -238,6 +242,15 @@ def test_a_failure_that_cannot_be_written_down_ends_the_run_with_the_reason(fini
         ({"ablations": {"tasks": ["classes"]}}, "'ablations' has no 'variants'"),
         ({"ablations": {"method": "typo", "variants": {"a": {"use_update": False}}}}, "unknown method 'typo'"),
         ({"scaling": {"tasks": ["classes"]}}, "'scaling' has no 'budgets'"),
+        ({"methods": ["lora", "shadow"]}, r"methods must hold `key: value` lines, not a list"),
+        ({"bases": {"small": "models/x"}}, r"small must hold `key: value` lines, not a str"),
+        ({"main": ["classes"]}, r"main must hold `key: value` lines, not a list"),
+        ({"seeds": 3}, r"seeds must be a list of whole numbers of at least 0 such as \[0\], not 3"),
+        ({"main": {"seeds": ["a"]}}, r"the seeds of section 'main' must be a list of whole numbers"),
+        ({"latency": {"task": "classes"}}, "latency cannot time 'classes': a classifier writes nothing"),
+        ({"latency": {"task": "e2e", "methods": ["full"]}}, "latency cannot time 'full'"),
+        ({"latency": {"task": "e2e", "new_tokens": 1}}, "latency: new_tokens must be a list of whole numbers of at least 2"),
+        ({"latency": {"task": "e2e", "batch_sizes": 8}}, "latency: batch_sizes must be a list of whole numbers"),
         ({"train": {"max_step": 2}}, "did you mean 'max_steps'"),
     ],
 )
@@ -257,3 +270,89 @@ def test_settings_that_are_no_numbers_are_reported_too(finished, tmp_path):
         file.write_text(json.dumps(result))
     compare(finished[0], Console(quiet=True), output=output, report_only=True)
     assert "learning_rate 0.001, inject_activation none" in (output / "report.md").read_text()
+
+
+def test_a_recipe_without_a_section_has_nothing_to_run_and_says_so(tmp_path):
+    values = comparisons.small_recipe()
+    del values["main"]
+    with pytest.raises(ConfigError, match=r"has no section, so there is nothing to run; add 'main: \{\}'"):
+        read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+
+
+def test_an_empty_train_is_none(tmp_path):
+    assert read_recipe(comparisons.write_recipe(tmp_path / "a.yaml", comparisons.small_recipe(train=None))).train == {}
+
+
+def test_a_classification_cannot_be_scored_on_another_task(tmp_path):
+    values = comparisons.small_recipe()
+    values["tasks"]["classes"]["score_on"] = ["classes", "e2e"]
+    with pytest.raises(ConfigError, match="task 'classes' cannot be scored on 'e2e': a classification head knows only"):
+        read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+
+
+def test_what_was_trained_with_another_setting_than_its_search_has_chosen_is_out_of_date(finished, tmp_path):
+    output = copy_of(finished, tmp_path / "out")
+    recipe = read_recipe(finished[0])
+    file = output / "cells" / "search--tiny--commands--lora.json"
+    result = json.loads(file.read_text())
+    (other,) = [trial["setting"] for trial in result["trials"] if trial["setting"] != result["chosen"]]
+    file.write_text(json.dumps(result | {"chosen": other}))
+    lora = {f"main--tiny--commands--lora--seed{seed}" for seed in (0, 1)}
+    assert {cell.id for cell in gather(recipe, output).missing} == lora
+    assert {cell.id for cell in runner.pending_cells(recipe, output, retry_failed=False)} == lora
+
+
+def test_two_comparisons_do_not_share_a_folder(finished, tmp_path):
+    lock = FileLock(tmp_path / ".lock")
+    with lock, pytest.raises(ConfigError, match=r"another comparison is running in .*--workers"):
+        compare(finished[0], Console(quiet=True), output=tmp_path)
+    assert not (tmp_path / "cells").exists()
+
+
+def test_a_result_of_other_rows_is_not_said_to_be_tried_again(finished, root, tmp_path):
+    output = copy_of(finished, tmp_path / "out")
+    file = output / "cells" / "main--tiny--commands--lora--seed1.json"
+    result = json.loads(file.read_text())
+    result["scores"]["commands"]["revision"] = "0" * 64
+    file.write_text(json.dumps(result))
+    said = Console(record=True, width=400, file=io.StringIO())
+    compare(finished[0], said, output=output, data_root=root, report_only=True)
+    text = said.export_text()
+    assert "1 of the failed were made of other data than the rest" in text and "--retry-failed" not in text
+
+
+def test_seeds_that_diverged_are_counted_beside_the_mean_of_the_others(finished, tmp_path):
+    output = copy_of(finished, tmp_path / "out")
+    recipe = read_recipe(finished[0])
+    cell = next(c for c in plan_cells(recipe) if (c.section, c.method, c.seed) == ("main", "lora", 1))
+    why = "...\nshadowpeft.train.finite.NotFiniteError: the loss is nan in step 1"
+    write_failed(output, cell, fingerprint(recipe, cell), why)
+    write_report(recipe, output)
+    lines = (output / "report.md").read_text().splitlines()
+    assert "(seeds: 1) (diverged: 1)" in next(line for line in lines if line.startswith("| lora |"))
+    assert "diverged" not in next(line for line in lines if line.startswith("| shadow |"))
+
+
+def test_data_is_looked_for_where_the_recipe_says_before_it_comes_from_the_hub(root, tmp_path, monkeypatch, caplog):
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", comparisons.small_recipe()))
+    store = Store(recipe=recipe, output=tmp_path)
+    monkeypatch.chdir(root)
+    assert store._source("e2e") == Path("e2e")
+    monkeypatch.chdir(tmp_path)
+    assert store._source("e2e") is None and "there is no e2e and no --data-root" in caplog.text
+    with pytest.raises(ConfigError, match="pass --data-root FOLDER"):  # no data set of the hub
+        store._source("commands")
+
+
+def test_a_label_that_training_never_sees_is_found_before_training(root, tmp_path, monkeypatch):
+    for name in ("base", "classes"):
+        shutil.copytree(root / name, tmp_path / "root" / name)
+    with (tmp_path / "root" / "classes" / "test.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "what is this", "label": "unheard"}) + "\n")
+    values = comparisons.small_recipe(seeds=[0], main={"tasks": ["classes"], "methods": ["lora"]})
+    values["train"]["limit_eval"] = 1000
+    recipe = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    monkeypatch.setattr(cells_module, "train_method", lambda *args, **options: pytest.fail("trained"))
+    cell = next(cell for cell in plan_cells(recipe) if cell.section == "main")
+    with pytest.raises(DataError, match="the label 'unheard' is not among those of the training rows"):
+        run_cell(cell, Store(recipe=recipe, output=tmp_path, data_root=tmp_path / "root"))

@@ -8,8 +8,9 @@ import torch
 
 import comparisons
 from shadowpeft.evaluate.compare import plan
+from shadowpeft.evaluate.compare.budget import shadow_config
 from shadowpeft.evaluate.compare.plan import plan_cells
-from shadowpeft.evaluate.compare.recipe import BaseSpec, MethodSpec, Recipe, TaskSpec, read_recipe
+from shadowpeft.evaluate.compare.recipe import BaseSpec, MethodSpec, Recipe, TaskSpec, read_recipe, shadow_settings
 from shadowpeft.evaluate.compare.runner import devices_of
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.compare.training import train_method
@@ -123,3 +124,43 @@ def test_a_methods_own_shadow_settings_win_over_those_of_its_base(tmp_path):
     assert store.method("own", "base").shadow == own.shadow
     preset = plan._preset(own, bases["base"])
     assert preset["auxiliary_loss_weight"] == 8.0 and not preset["use_update"]  # what results are held against
+
+
+@pytest.mark.parametrize(
+    ("where", "changes"),
+    [
+        ("tasks", {"classes": {"num_rows": 100, "mean_tokens": 12, "num_labels": 6}}),
+        ("bases", {"tiny": {"step_seconds": {"lora": 0.1}, "step_tokens": 50, "measured_on": "a clock"}}),
+        ("methods", {"shadow": {"trials": [{"learning_rate": 1e-3}, {"learning_rate": 2e-3}]}}),
+    ],
+)
+def test_what_decides_no_result_makes_none_out_of_date(tmp_path, where, changes):
+    """What only ``--plan`` reads, and the reference's own trials, which change its cells alone."""
+    values = comparisons.small_recipe()
+    before = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    for name, more in changes.items():
+        values[where][name] |= more
+    after = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    changed = {c.method for c in plan_cells(after) if plan.fingerprint(before, c) != plan.fingerprint(after, c)}
+    assert changed == ({"shadow"} if where == "methods" else set())
+
+
+@pytest.mark.parametrize("parameters", [None, 12000])
+def test_the_references_size_makes_all_out_of_date_where_it_is_the_budget(tmp_path, parameters):
+    values = comparisons.small_recipe()
+    values["bases"]["tiny"]["parameters"] = parameters
+    before = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    values["methods"]["shadow"]["shadow"]["r"] = 3
+    after = read_recipe(comparisons.write_recipe(tmp_path / "small.yaml", values))
+    changed = {c.method for c in plan_cells(after) if plan.fingerprint(before, c) != plan.fingerprint(after, c)}
+    assert changed == ({"shadow"} if parameters else set(after.methods))
+
+
+def test_a_bases_sizes_of_a_shadow_are_not_asked_of_one_that_brings_its_own(tmp_path):
+    base = BaseSpec(path="x", shadow={"shadow_num_attention_heads": 2})
+    pretrained = MethodSpec(kind="shadow-pretrained", shadow={"shadow_model": "x", "r": 2})
+    assert shadow_settings(pretrained, base) == {"shadow_model": "x", "r": 2}
+    # A variant of another shadow than the method has: the sizes that were given and solved are of the former.
+    given = MethodSpec(kind="shadow", shadow={"shadow_num_attention_heads": 2, "r": 2})
+    config = shadow_config(given, is_classifier=False, shadow_model="base:first:1", shadow_intermediate_size=19)
+    assert config.idle_sizes == {} and config.r == 2

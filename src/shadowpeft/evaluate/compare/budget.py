@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from shadowpeft.core import ShadowConfig
+from shadowpeft.core.config import IMPLICIT_SIZES
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.evaluate.compare.recipe import MethodSpec
 from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of
@@ -162,6 +163,8 @@ def shadow_config(method: MethodSpec, *, is_classifier: bool, **changes: Any) ->
     given = dict(method.shadow)
     preset = changes.pop("preset", given.pop("preset", "paper"))
     given.pop("preset", None)
+    if changes.get("shadow_model", "implicit") != "implicit":  # a variant of another shadow, which brings its own sizes
+        given, changes = ({k: v for k, v in each.items() if k not in IMPLICIT_SIZES} for each in (given, changes))
     return ShadowConfig.preset(preset, **{**given, **changes, "task_type": "SEQ_CLS" if is_classifier else "CAUSAL_LM"})
 
 

@@ -11,13 +11,14 @@ from shadowpeft.evaluate.compare.loss import answer_loss
 from shadowpeft.evaluate.compare.methods import trials_of
 from shadowpeft.evaluate.compare.plan import Cell
 from shadowpeft.evaluate.compare.recipe import methods_of
-from shadowpeft.evaluate.compare.scoring import described, evaluate_rows, loss_options, score
+from shadowpeft.evaluate.compare.scoring import described, evaluate_rows, loss_options, score, scored_rows
 from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.compare.training import Payload, train_method
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.train.answers import Row
+from shadowpeft.train.data import label_indices
 from shadowpeft.train.finite import NotFiniteError
 
 
@@ -27,6 +28,8 @@ def run_cell(cell: Cell, store: Store) -> tuple[Payload, list[dict[str, Any]]]:
         return search(cell, store), []
     if cell.section == "latency":
         return _latency(cell, store), []
+    for name in cell.score_on:
+        check_labels(store, name, scored_rows(store, cell, name))
     setting = store.setting(cell, cell.method)
     fitted = train_method(cell, store, setting, seed=cell.seed)
     scores, generations = {}, []
@@ -56,6 +59,17 @@ def run_cell(cell: Cell, store: Store) -> tuple[Payload, list[dict[str, Any]]]:
     return payload, generations
 
 
+def check_labels(store: Store, name: str, rows: list[Row]) -> None:
+    """Finds a label that training never sees before it, not after.
+
+    Raises:
+        DataError: there is one.
+    """
+    labels = store.labels(name)
+    if labels is not None:
+        label_indices(store.task(name), rows, labels)
+
+
 def _sizes(sized: Sized) -> Payload:
     """What was solved; ranks as a count of modules for each rank."""
     ranks = {f"rank {rank}": f"{count} modules" for rank, count in sorted(Counter(sized.ranks.values()).items())}
@@ -69,6 +83,7 @@ def search(cell: Cell, store: Store) -> Payload:
     """Short runs over the method's settings, compared on validation rows; the test rows are never read."""
     spec = store.recipe.search
     rows = store.rows(cell.task, "validation", spec.limit_validation)
+    check_labels(store, cell.task, rows)
     trials = []
     given = store.recipe.tasks[cell.task].trials.get(cell.method, ())
     for setting in trials_of(store.method(cell.method, cell.base), spec.trials, given):
@@ -99,7 +114,7 @@ def _trial(cell: Cell, store: Store, setting: Payload, rows: list[Row]) -> Paylo
         found["metric"] = evaluate_rows(fitted, fitted.model, store, cell.task, rows).metrics[task.metric]
     if isinstance(fitted.model, ShadowModel):  # told, not chosen by
         found["detached_loss"] = answer_loss(fitted.model.detach(), fitted.tokenizer, task, rows, **options)
-    return found | {"train": fitted.cost}
+    return found | {"train": fitted.cost, "base_revision": fitted.base_revision}
 
 
 def _quality(trial: Payload) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+from filelock import AcquireReturnProxy, FileLock, Timeout
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -56,9 +57,9 @@ def compare(
         return show_plan(store, console, sections, measure=measure)
     counts = Counts()
     if not report_only:
-        cells = pending_cells(read, output, retry_failed=retry_failed, sections=sections)
-        console.print(f"{len(cells)} of {len(plan_cells(read))} cells to run, results in {output}")
-        with tempfile.TemporaryDirectory() as folder:
+        with _alone_in(output), tempfile.TemporaryDirectory() as folder:
+            cells = pending_cells(read, output, retry_failed=retry_failed, sections=sections)
+            console.print(f"{len(cells)} of {len(plan_cells(read))} cells to run, results in {output}")
             # Workers read the recipe as it is now, whatever becomes of the file while they run.
             own = Path(folder) / recipe.name
             own.write_bytes(text)
@@ -77,9 +78,23 @@ def compare(
         f"{len(gathered.results)} cells done, {len(gathered.failed)} failed, {len(gathered.missing)} missing; "
         f"report: {output / 'report.md'}, {output / 'report.html'}"
     )
-    if gathered.failed:
+    set_apart = sum(result["status"] == "done" for _, result in gathered.failed)
+    if set_apart:
+        console.print(f"{set_apart} of the failed were made of other data than the rest; the report says which file to delete")
+    if len(gathered.failed) > set_apart:
         console.print("run again with --retry-failed to try the failed ones again")
     return counts
+
+
+def _alone_in(output: Path) -> AcquireReturnProxy:
+    """Holds a folder of results, or refuses: two runs in it would make the same searches and overwrite each other's choice."""
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(output / ".lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(
+            f"another comparison is running in {output}: wait until it is done, and give it more --workers for more at a time"
+        ) from error
 
 
 def show_plan(store: Store, console: Console, sections: list[str] | None, *, measure: bool) -> list[Estimated]:
@@ -89,7 +104,7 @@ def show_plan(store: Store, console: Console, sections: list[str] | None, *, mea
     gathered = gather(recipe, store.output)
     times = times_of_results(gathered, f"the results in {store.output}")
     if measure:
-        measured = measure_steps(cells, store, {name: num_labels(name, store) for name in recipe.tasks})
+        measured = measure_steps(cells, store, {name: num_labels(name, store) for name in {cell.task for cell in cells}})
         times |= measured
         for key, time in measured.items():
             console.print(f"{', '.join(key)}: {time.seconds:.4f} s a step", markup=False)

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from shadowpeft.evaluate.compare.plan import Cell, fingerprint, is_same_training, plan_cells, scaling_cells
+from shadowpeft.evaluate.compare.plan import Cell, is_same_training, plan_cells, scaling_cells
 from shadowpeft.evaluate.compare.recipe import Recipe
-from shadowpeft.evaluate.compare.results import as_numbers, read_result
+from shadowpeft.evaluate.compare.results import as_numbers, current_result
 from shadowpeft.evaluate.compare.statistics import Sample, mean_of_rows, row_by_row
 from shadowpeft.train.tasks import TASKS, Task
 
@@ -49,8 +49,8 @@ def gather(recipe: Recipe, output: Path) -> Gathered:
     gathered = Gathered(recipe=recipe)
     done = []
     for cell in plan_cells(recipe):
-        result = read_result(output, cell.id)
-        if result is None or result["fingerprint"] != fingerprint(recipe, cell):
+        result = current_result(recipe, output, cell)
+        if result is None:
             gathered.missing.append(cell)
         elif result["status"] == "failed":
             gathered.failed.append((cell, result))
@@ -83,10 +83,13 @@ def _revisions(recipe: Recipe, cell: Cell, result: Entry) -> dict[str, str]:
     if "validation_revision" in result:
         what = f"validation rows of {cell.task} (at most {recipe.search.limit_validation})"
         found[what] = result["validation_revision"]
-    if "base_revision" in result:  # results of before have none
-        found[f"weights of {cell.base}"] = result["base_revision"]
-    if result.get("train"):
-        found[named(f"training rows of {cell.task}", result["config"]["limit_train"])] = result["train"]["revision"]
+    trainings = [*result.get("trials", ()), *([result] if "train" in result else [])]
+    for training in trainings:
+        if "base_revision" in training:  # results of before have none
+            found[f"weights of {cell.base}"] = training["base_revision"]
+        if training["train"]:
+            limit = recipe.train_config(cell.base, cell.task, cell.method).limit_train
+            found[named(f"training rows of {cell.task}", limit)] = training["train"]["revision"]
     return found
 
 

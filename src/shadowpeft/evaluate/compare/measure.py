@@ -21,15 +21,22 @@ WARM_STEPS, STEPS = 2, 5
 def measure_steps(cells: list[Cell], store: Store, num_labels: dict[str, int | None]) -> dict[StepKey, StepTime]:
     """The time of one optimizer step, for every method that is trained.
 
+    Those that do not fit this machine's memory have none, nor have pretrained shadows, whose weights would have to be there.
+
     Args:
         num_labels: task entry -> labels, None for tasks answered by text.
     """
     wanted = {(cell.base, cell.task, cell.method): cell for cell in cells if cell.section in ("main", "transfer")}
-    return {
-        key: StepTime(seconds=step_seconds(cell, store, num_labels[cell.task]), source="this machine")
-        for key, cell in wanted.items()
-        if store.recipe.methods[cell.method].kind != "none"
-    }
+    times = {}
+    for key, cell in wanted.items():
+        if store.recipe.methods[cell.method].kind in ("none", "shadow-pretrained"):
+            continue
+        try:
+            seconds = step_seconds(cell, store, num_labels[cell.task])
+        except torch.OutOfMemoryError:
+            continue
+        times[key] = StepTime(seconds=seconds, source="this machine")
+    return times
 
 
 def step_seconds(cell: Cell, store: Store, num_labels: int | None) -> float:

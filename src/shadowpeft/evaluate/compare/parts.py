@@ -1,10 +1,12 @@
 """From tables to texts: what each part of a report says, row by row."""
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from shadowpeft.evaluate.compare.gather import Gathered
+from shadowpeft.evaluate.compare.gather import DETACHED, Gathered
 from shadowpeft.evaluate.compare.recipe import Recipe
+from shadowpeft.evaluate.compare.results import has_diverged
 from shadowpeft.evaluate.compare.statistics import Estimate
 from shadowpeft.evaluate.compare.tables import heading_of
 
@@ -43,7 +45,7 @@ def _number(value: float | None, form: str = ",.1f") -> str:
 def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Part]:
     parts = []
     for base in dict.fromkeys(entry["base"] for entry in tables["main"]):
-        parts += _main_parts(gathered.recipe, base, [entry for entry in tables["main"] if entry["base"] == base])
+        parts += _main_parts(gathered, base, [entry for entry in tables["main"] if entry["base"] == base])
     others = [_metrics_part(tables), _transfer_part(gathered.recipe, tables), _scaling_part(gathered.recipe, tables)]
     others += [_ablation_part(tables), _latency_part(tables), _cost_part(tables), _search_part(tables)]
     parts += [part for part in others if part]
@@ -51,13 +53,16 @@ def report_parts(gathered: Gathered, tables: dict[str, list[Entry]]) -> list[Par
     return [*parts, failed] if failed else parts
 
 
-def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
-    scored = list(dict.fromkeys(entry["scored"] for entry in entries if entry["scored"]))
+def _main_parts(gathered: Gathered, base: str, entries: list[Entry]) -> list[Part]:
+    recipe = gathered.recipe
+    failed = ((cell, result) for cell, result in gathered.failed if cell.section in ("main", "transfer"))
+    diverged = Counter((cell.base, cell.task, cell.method) for cell, result in failed if has_diverged(result))
+    scored = list(dict.fromkeys(heading_of(entry) for entry in entries if entry["scored"]))
     means = list(dict.fromkeys(heading_of(entry) for entry in entries if not entry["scored"]))
     largest = {mean: max(entry["num_tasks"] for entry in entries if heading_of(entry) == mean) for mean in means}
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
     found = {(entry["method"], heading_of(entry)): entry for entry in entries}
-    metrics = {entry["scored"]: entry["metric"] for entry in entries if entry["scored"]}
+    metrics = {heading_of(entry): entry["metric"] for entry in entries if entry["scored"]}
     columns = ["method", *(f"{name} ({metrics[name]})" for name in scored), *means]
     usual = len(recipe.sections.get("main", {}).get("seeds", recipe.seeds))
 
@@ -69,6 +74,8 @@ def _main_parts(recipe: Recipe, base: str, entries: list[Entry]) -> list[Part]:
             is_counted = name in scored and not recipe.is_untrained(method)
             if cell and texts[-1] and is_counted and len(cell["seeds"]) != usual:
                 texts[-1] += f" (seeds: {len(cell['seeds'])})"
+            lost = diverged[base, cell["task"], method.removesuffix(DETACHED)] if cell and name in scored else 0
+            texts[-1] += f" (diverged: {lost})" if lost else ""
             if cell and name in means and cell["num_tasks"] < largest[name]:
                 texts[-1] += f" ({cell['num_tasks']} tasks)"
         return [method, *texts]

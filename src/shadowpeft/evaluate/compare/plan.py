@@ -280,14 +280,14 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
     """Hash of all settings that decide a cell's result; a result with another one is out of date."""
     names = methods_of(recipe, "latency") if cell.section == "latency" else [cell.method]
     methods = {name: recipe.methods[name] for name in names}
-    base = dataclasses.replace(recipe.bases[cell.base], step_seconds={}, measured_on=None)
+    base = recipe.bases[cell.base]
     parts = {
         "cell": dataclasses.asdict(cell),
         "train": recipe.train,
-        "base": {name: value for name, value in dataclasses.asdict(base).items() if name != "step_tokens"},
-        "tasks": {name: _without_trials(recipe.tasks[name]) for name in {cell.task, *cell.score_on}},
+        "base": _without(dataclasses.asdict(base), "step_seconds", "step_tokens", "measured_on"),
+        "tasks": {name: _that_counts(recipe.tasks[name]) for name in {cell.task, *cell.score_on}},
         "methods": {name: dataclasses.asdict(spec) for name, spec in methods.items()},
-        "reference": dataclasses.asdict(recipe.methods[recipe.reference]),
+        "reference": _decides_size(recipe.methods[recipe.reference], is_given=_is_given(recipe, cell)),
         "tolerance": recipe.tolerance,
         "search": dataclasses.asdict(recipe.search),
         "latency": recipe.sections.get("latency") if cell.section == "latency" else None,
@@ -303,8 +303,8 @@ def fingerprint(recipe: Recipe, cell: Cell) -> str:
         parts["presets"] = presets
     if "preset" in dict(cell.overrides):  # trained with its own, but sized and searched with the method's
         parts["own preset"] = _as_before(ShadowConfig.preset(dict(cell.overrides)["preset"]))
-    if base.parameters is None and not presets:  # the budget is the reference's size
-        parts["presets"] = {recipe.reference: _preset(recipe.methods[recipe.reference], base)}
+    if not _is_given(recipe, cell):  # the budget is the reference's size
+        parts["size of"] = _preset(recipe.methods[recipe.reference], base)
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -319,10 +319,23 @@ def _trains_otherwise_than_before(recipe: Recipe, cell: Cell, method: str) -> bo
     return config.dtype != "float32" or (is_class and config.gradient_accumulation > 1)
 
 
-def _without_trials(task: TaskSpec) -> dict[str, Any]:
-    """Another method's trials do not touch a cell, nor do those of a task that is only scored."""
-    told = dataclasses.asdict(task)
-    return {name: value for name, value in told.items() if name != "trials" and (name != "leave_out" or value)}
+def _is_given(recipe: Recipe, cell: Cell) -> bool:
+    """Whether a cell's budget is a number of its own, and not the size of the reference method."""
+    return cell.parameters is not None or recipe.bases[cell.base].parameters is not None
+
+
+def _decides_size(reference: MethodSpec, *, is_given: bool) -> dict[str, Any]:
+    """What the budget reads of the reference method: under a given number, how many heads that is to be added for."""
+    return {"kind": reference.kind} if is_given else _without(dataclasses.asdict(reference), "trials", "train")
+
+
+def _that_counts(task: TaskSpec) -> dict[str, Any]:
+    """What decides a result. Another method's trials do not, nor does what ``--plan`` alone reads."""
+    return _without(dataclasses.asdict(task), "trials", "num_labels", "num_rows", "mean_tokens")
+
+
+def _without(told: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in told.items() if name not in names}
 
 
 def _preset(spec: MethodSpec, base: BaseSpec) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.core.config import ShadowConfig, check_keys
+from shadowpeft.core.config import IMPLICIT_SIZES, ShadowConfig, check_keys
 from shadowpeft.errors import ConfigError
-from shadowpeft.train.config import TrainConfig, read_yaml
+from shadowpeft.train.config import TrainConfig, as_mapping, read_yaml
 from shadowpeft.train.tasks import TASKS
 
 KINDS = ("none", "probe", "lora", "dora", "shadow", "shadow-pretrained", "full")
@@ -102,8 +102,11 @@ class MethodSpec:
 
 
 def shadow_settings(method: MethodSpec, base: BaseSpec) -> dict[str, Any]:
-    """Fields of ``ShadowConfig``, and ``preset``, of a method on a base: the base's where the method has none of its own."""
-    return {**base.shadow, **method.shadow}
+    """Fields of ``ShadowConfig``, and ``preset``, of a method on a base: the base's where the method has none of its own, but
+    for sizes where the method has a shadow that brings its own."""
+    shadow = {**base.shadow, **method.shadow}
+    is_implicit = shadow.get("shadow_model", "implicit") == "implicit"
+    return {name: value for name, value in shadow.items() if is_implicit or name in method.shadow or name not in IMPLICIT_SIZES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +164,7 @@ class Recipe:
 
 
 SEARCH = "search"  # of the settings; no section of a recipe, but cells that can be run alone
+ENTRIES = ("bases", "tasks", "methods")
 SECTIONS = {
     "main": {"bases", "tasks", "methods", "seeds", "score_detached"},
     "transfer": {"bases", "tasks", "methods", "seeds"},
@@ -180,19 +184,22 @@ def read_recipe(path: Path) -> Recipe:
     values = read_yaml(path)
     names = {item.name for item in fields(Recipe)} - {"sections"} | set(SECTIONS)
     check_keys(values, names, what="recipe")
-    for name in ("bases", "tasks", "methods"):
+    values |= {name: as_mapping(values[name], name) for name in (*ENTRIES, *SECTIONS, "train", "search") if name in values}
+    for name in ENTRIES:
         if not values.get(name):
             raise ConfigError(f"{path}: expected at least one entry under {name!r}")
-    sections = {name: values.pop(name) or {} for name in SECTIONS if name in values}
+    sections = {name: values.pop(name) for name in SECTIONS if name in values}
+    if not sections:
+        raise ConfigError(f"{path} has no section, so there is nothing to run; add 'main: {{}}', or {', '.join(SECTIONS)}")
     recipe = Recipe(
         **{
             "name": path.stem,
             **values,
-            "bases": {name: _spec(BaseSpec, entry, path=name) for name, entry in values["bases"].items()},
-            "tasks": {name: _spec(TaskSpec, entry, task=name) for name, entry in values["tasks"].items()},
-            "methods": {name: _spec(MethodSpec, entry, kind=name) for name, entry in values["methods"].items()},
-            "search": _spec(SearchSpec, values.get("search")),
-            "seeds": tuple(values.get("seeds", Recipe.seeds)),
+            "bases": {name: _spec(BaseSpec, entry, name, path=name) for name, entry in values["bases"].items()},
+            "tasks": {name: _spec(TaskSpec, entry, name, task=name) for name, entry in values["tasks"].items()},
+            "methods": {name: _spec(MethodSpec, entry, name, kind=name) for name, entry in values["methods"].items()},
+            "search": _spec(SearchSpec, values.get("search"), "search"),
+            "seeds": _whole_numbers(values.get("seeds", list(Recipe.seeds)), "seeds", at_least=0),
             "further_baselines": tuple(values.get("further_baselines", ())),
             "sections": sections,
         }
@@ -201,10 +208,17 @@ def read_recipe(path: Path) -> Recipe:
     return recipe
 
 
-def _spec(spec: type, entry: dict[str, Any] | None, **defaults: Any) -> Any:
-    values = {**defaults, **(entry or {})}
+def _spec(spec: type, entry: Any, name: str, **defaults: Any) -> Any:
+    values = {**defaults, **as_mapping(entry, name)}
     check_keys(values, {item.name for item in fields(spec)}, what=spec.__name__.removesuffix("Spec").lower())
     return spec(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def _whole_numbers(values: Any, name: str, *, at_least: int) -> tuple[int, ...]:
+    is_list = isinstance(values, list | tuple) and values
+    if not is_list or not all(type(each) is int and each >= at_least for each in values):
+        raise ConfigError(f"{name} must be a list of whole numbers of at least {at_least} such as [{at_least}], not {values!r}")
+    return tuple(values)
 
 
 def _check(recipe: Recipe) -> None:
@@ -212,6 +226,7 @@ def _check(recipe: Recipe) -> None:
         if task.task not in TASKS:
             raise ConfigError(f"task {name!r}: unknown task {task.task!r}; choose one of {', '.join(sorted(TASKS))}")
         known(recipe.tasks, task.score_on, "task")
+        _check_scored(recipe, name, task)
         known(recipe.methods, task.trials, "method")
         for method, trials in task.trials.items():
             _check_trials(recipe, method, f"method {method!r} on task {name!r}", trials)
@@ -231,8 +246,33 @@ def _check(recipe: Recipe) -> None:
         known(recipe.methods, methods_of(recipe, name), "method")
         for key, entries in (("bases", recipe.bases), ("tasks", recipe.tasks)):
             known(entries, section.get(key, ()), key.removesuffix("s"))
+        if "seeds" in section:
+            _whole_numbers(section["seeds"], f"the seeds of section {name!r}", at_least=0)
+    if "latency" in recipe.sections:
+        _check_latency(recipe, recipe.sections["latency"])
     for base, task, method in itertools.product(recipe.bases, recipe.tasks, recipe.methods):
         recipe.train_config(base, task, method)  # a setting that no training would take is found before the first one
+
+
+def _check_scored(recipe: Recipe, name: str, task: TaskSpec) -> None:
+    for other in task.score_on:
+        is_class = "classification" in (TASKS[task.task].kind, TASKS[recipe.tasks[other].task].kind)
+        if is_class and other != name:
+            raise ConfigError(
+                f"task {name!r} cannot be scored on {other!r}: a classification head knows only the labels it was trained on"
+            )
+
+
+def _check_latency(recipe: Recipe, section: dict[str, Any]) -> None:
+    """Refuses what could only fail when all adapters have been trained."""
+    if TASKS[recipe.tasks[section["task"]].task].kind == "classification":
+        raise ConfigError(f"latency cannot time {section['task']!r}: a classifier writes nothing; choose a written task")
+    for name in methods_of(recipe, "latency"):
+        if recipe.methods[name].kind not in (*ADAPTERS, "shadow-pretrained"):
+            raise ConfigError(f"latency cannot time {name!r}: the base is timed anyway, beside it LoRA, DoRA and shadows")
+    for key, least in (("prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("rounds", 1)):
+        _whole_numbers([section[key]] if key in section else [least], f"latency: {key}", at_least=least)
+    _whole_numbers(section.get("batch_sizes", [1]), "latency: batch_sizes", at_least=1)
 
 
 def methods_of(recipe: Recipe, name: str) -> list[str]:

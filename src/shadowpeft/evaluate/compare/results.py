@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.errors import DataError
-from shadowpeft.evaluate.compare.plan import Cell
-from shadowpeft.evaluate.compare.recipe import SEARCH
+from shadowpeft.evaluate.compare.plan import Cell, fingerprint, search_of
+from shadowpeft.evaluate.compare.recipe import SEARCH, Recipe
 from shadowpeft.evaluate.record import write_record
 from shadowpeft.files import write_files
+from shadowpeft.train.finite import NotFiniteError
 
 FOLDER = "cells"
 LARGEST = 150_000  # bytes of a gzipped file of generations; what is beyond it is left out, and counted
@@ -37,11 +38,26 @@ def read_result(output: Path, cell_id: str) -> dict[str, Any] | None:
         raise DataError(f"{path} is damaged ({error.msg}); delete it, and the cell is run again") from error
 
 
-def is_current(result: dict[str, Any] | None, fingerprint: str, *, retry_failed: bool) -> bool:
-    """Whether a cell need not be run: done under the same settings, or failed and not to be retried."""
-    if result is None or result.get("fingerprint") != fingerprint:
-        return False
-    return result["status"] == "done" or not retry_failed
+def current_result(recipe: Recipe, output: Path, cell: Cell) -> dict[str, Any] | None:
+    """A cell's result, done or failed; None where there is none, or one of other settings than it would be run with now.
+
+    A search that was run again may have chosen another setting: what was trained with the former one is out of date.
+    """
+    result = read_result(output, cell.id)
+    if result is None or result.get("fingerprint") != fingerprint(recipe, cell):
+        return None
+    return None if "setting" in result and _is_superseded(recipe, output, cell, result["setting"]) else result
+
+
+def _is_superseded(recipe: Recipe, output: Path, cell: Cell, setting: dict[str, Any]) -> bool:
+    searches = [current_result(recipe, output, search_of(cell, needed)) for needed in cell.needs]
+    chosen = [search["chosen"] for search in searches if search is not None and search["status"] == "done"]
+    return bool(chosen) and setting not in chosen
+
+
+def has_diverged(result: dict[str, Any]) -> bool:
+    """Whether a training failed because its loss was no number: a mean over the other seeds does not show it."""
+    return any(NotFiniteError.__name__ in line for line in result.get("error", ()))
 
 
 def write_done(

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from shadowpeft.evaluate.compare.plan import Cell, cells_of, fingerprint, plan_cells
 from shadowpeft.evaluate.compare.recipe import Recipe
-from shadowpeft.evaluate.compare.results import is_current, read_result, write_failed
+from shadowpeft.evaluate.compare.results import current_result, read_result, write_failed
 
 LOGS = "logs"
 Tell = Callable[[str], None]
@@ -173,11 +174,11 @@ def devices_of(workers: int) -> list[str | None]:
 
 def pending_cells(recipe: Recipe, output: Path, *, retry_failed: bool, sections: list[str] | None = None) -> list[Cell]:
     """Cells without a current result; with ``sections`` only of these, and what they need."""
-    return [
-        cell
-        for cell in cells_of(recipe, sections)
-        if not is_current(read_result(output, cell.id), fingerprint(recipe, cell), retry_failed=retry_failed)
-    ]
+
+    def is_left(result: dict[str, Any] | None) -> bool:
+        return result is None or (retry_failed and result["status"] == "failed")
+
+    return [cell for cell in cells_of(recipe, sections) if is_left(current_result(recipe, output, cell))]
 
 
 def run_cells(

@@ -12,10 +12,11 @@ from shadowpeft.evaluate.compare.training import Fitted, Payload
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.evaluate.result import Answers, Evaluation, scored
 from shadowpeft.evaluate.score import evaluate, majority_baseline
+from shadowpeft.train.answers import Row
 
 
 def score(fitted: Fitted, model: Any, cell: Cell, store: Store, name: str) -> Evaluation:
-    rows = store.rows(name, "test", _limit(store, cell, name))
+    rows = scored_rows(store, cell, name)
     if store.recipe.methods[cell.method].kind == "none" and fitted.labels is not None:
         return _most_frequent(store, name, rows)
     return evaluate_rows(fitted, model, store, name, rows)
@@ -33,8 +34,9 @@ def evaluate_rows(fitted: Fitted, model: Any, store: Store, name: str, rows: lis
     )
 
 
-def _limit(store: Store, cell: Cell, name: str) -> int | None:
-    return store.recipe.train_config(cell.base, name, cell.method).limit_eval
+def scored_rows(store: Store, cell: Cell, name: str) -> list[Row]:
+    """The rows of a task entry that a cell is scored on."""
+    return store.rows(name, "test", store.recipe.train_config(cell.base, name, cell.method).limit_eval)
 
 
 def _most_frequent(store: Store, name: str, rows: list[Any]) -> Evaluation:
@@ -55,7 +57,7 @@ def loss_options(fitted: Fitted) -> Payload:
 def described(evaluation: Evaluation, fitted: Fitted, model: Any, cell: Cell, store: Store, name: str) -> Payload:
     """An evaluation as a result file holds it: metrics, and a number for each row to pair methods by."""
     task = store.task(name)
-    rows = store.rows(name, "test", _limit(store, cell, name))
+    rows = scored_rows(store, cell, name)
     told = asdict(evaluation)
     generations = told.pop("generations")
     if task.corpus is not None and task.corpus.name == task.metric:

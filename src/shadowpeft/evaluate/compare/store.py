@@ -1,6 +1,7 @@
 """Rows, labels and searches that several cells of one process share."""
 
 import dataclasses
+import logging
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from shadowpeft.train.answers import Row
 from shadowpeft.train.data import load_rows
 from shadowpeft.train.tasks import TASKS, Task
 
+logger = logging.getLogger(__name__)
 SAMPLE_SEED = 0  # the same rows for all seeds and methods, so that differences can be paired
 
 
@@ -63,12 +65,16 @@ class Store:
         return [row for index, row in enumerate(rows) if index not in left_out]
 
     def _source(self, name: str) -> Path | None:
+        """Where a task entry's data is; None: on the hub. Without a data root, a path is one from the working directory."""
         data = self.recipe.tasks[name].data
         if data is None:
             return None
-        if self.data_root is None and self.task(name).hub_name is None:
+        if self.data_root is not None or Path(data).exists():
+            return (self.data_root or Path()) / data
+        if self.task(name).hub_name is None:
             raise ConfigError(f"the data of task {name!r} is at {data!r} below a data root; pass --data-root FOLDER")
-        return None if self.data_root is None else self.data_root / data
+        logger.warning("%s: there is no %s and no --data-root, so its data comes from the hub", name, data)
+        return None
 
     def labels(self, name: str) -> list[str] | None:
         """All labels of the training rows, sorted; None for tasks answered by text."""

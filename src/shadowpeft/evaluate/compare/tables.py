@@ -8,7 +8,7 @@ from shadowpeft.evaluate.compare.recipe import SEARCH, Recipe
 from shadowpeft.evaluate.compare.statistics import Estimate, Sample, difference, estimate, mean_difference, mean_estimate
 from shadowpeft.train.tasks import TASKS
 
-MEANS = {"classification": "classes", "generation": "written answers"}
+MEANS = {"classification": "classes", "choice": "choices", "generation": "written answers"}
 
 
 def main_table(gathered: Gathered) -> list[Entry]:
@@ -68,8 +68,11 @@ def _without(gaps: dict[str, Estimate], name: str) -> dict[str, Estimate]:
 
 
 def heading_of(entry: Entry) -> str:
-    """What a line of the main table is about: a task, or the mean over a kind of them."""
-    return entry["scored"] or f"mean of {entry['mean_of']}"
+    """What a line of the main table is about: a task (and what was trained on, where that is another), or the mean over a kind
+    of them."""
+    if entry["scored"] is None:
+        return f"mean of {entry['mean_of']}"
+    return entry["scored"] if entry["scored"] == entry["task"] else f"{entry['scored']} (trained on {entry['task']})"
 
 
 def _own(recipe: Recipe, task: str) -> tuple[str, ...]:
