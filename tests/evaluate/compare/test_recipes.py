@@ -41,8 +41,14 @@ BABYLLAMA = {
 LABELS = {"trec": 6, "sst2": 2, "clinc150": 150, "home_commands": 46, "20news": 20}
 
 
-def test_there_is_one_recipe_for_each_base_and_task_of_the_paper_and_one_for_the_board():
-    assert len(PAPER) == 3 * 5 + 1
+def test_there_is_one_recipe_for_each_base_and_task_of_the_paper_one_for_the_board_one_for_transfer_and_one_for_scaling():
+    assert len(PAPER) == 3 * 5 + 1 + 2
+    transfer, scaling = (read_recipe(RECIPES / "paper" / f"qwen3-{name}.yaml") for name in ("4b-transfer", "8b-scaling"))
+    trained = [cell for cell in plan_cells(transfer) if cell.section == "main"]
+    assert {cell.task for cell in trained} == {"gsm8k", "squad_v2", "mmlu"}
+    assert all(set(cell.score_on) == {"gsm8k", "squad_v2", "mmlu"} for cell in trained)
+    budgets = {cell.parameters for cell in plan_cells(scaling) if cell.section == "scaling"}
+    assert budgets == {100_000_000 * tenth for tenth in range(1, 6)}
 
 
 @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
@@ -121,8 +127,10 @@ def test_a_search_for_each_budget_of_scaling_tries_weights_of_that_budget(tmp_pa
     lines = estimate(cells, Store(recipe=recipe, output=tmp_path))
     of_search = {(each.task, each.method, each.variant): each.sized for each in lines if each.section == "search"}
     of_scaling = {(each.task, each.method, each.variant): each.sized for each in lines if each.section == "scaling"}
-    assert len(of_scaling) == 2 * 3 * 4  # tasks, methods and budgets besides the base's own, which the main table has
-    assert all(of_search[key] == sized for key, sized in of_scaling.items())
+    # Tasks, methods and budgets besides the base's own, which the main table has of those that are in it.
+    assert len(of_scaling) == 2 * (3 * 4 + 5)
+    for (task, method, budget), sized in of_scaling.items():
+        assert of_search[task, method, "" if budget == "300000" else budget] == sized
     assert {variant for _, _, variant in of_search} == {"", "180000", "600000", "1200000", "2400000"}
 
 
