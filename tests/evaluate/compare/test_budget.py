@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import GPT2Config
 
 from models import tiny_base
 from shadowpeft.errors import ConfigError
@@ -91,6 +92,13 @@ def test_a_shadow_of_the_bases_own_blocks_meets_a_budget_by_its_rank(preset):
     model = put_on(base, method, sized, overrides={})
     found = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert found == sized.trainable == pytest.approx(9_000, rel=0.02)
+
+
+def test_the_error_for_modules_that_are_not_there_names_those_of_gpt2_which_are_no_linear_layers():
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=32, n_positions=16)
+    with pytest.raises(ConfigError, match="no module named q_proj; its blocks have c_attn, c_fc, c_proj"):
+        adapted_modules(meta_base(config, None), ("q_proj",))
+    assert adapted_modules(meta_base(config, None), ("c_attn",)) == {"transformer.h.0.attn.c_attn": (16, 48)}
 
 
 def test_alpha_over_r_is_the_same_in_every_module():

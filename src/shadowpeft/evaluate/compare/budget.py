@@ -139,15 +139,20 @@ def adapted_modules(base: PreTrainedModel, targets: tuple[str, ...]) -> dict[str
     """
     shapes = {}
     for name, module in base.named_modules():
-        weight = getattr(module, "weight", None)
-        if name.rpartition(".")[2] in targets and isinstance(weight, Tensor):
-            rows, columns = weight.shape
+        if name.rpartition(".")[2] in targets and _is_matrix(module):
+            rows, columns = module.weight.shape
             shapes[name] = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
     if not shapes:
-        linear = sorted({n.rpartition(".")[2] for n, m in blocks_of(decoder_of(base))[0].named_modules()
-                         if isinstance(m, nn.Linear)})  # fmt: skip
-        raise ConfigError(f"the base has no module named {', '.join(targets)}; its blocks have {', '.join(linear)}")
+        modules = blocks_of(decoder_of(base))[0].named_modules()
+        there = sorted({name.rpartition(".")[2] for name, module in modules if _is_matrix(module)})
+        raise ConfigError(f"the base has no module named {', '.join(targets)}; its blocks have {', '.join(there)}")
     return shapes
+
+
+def _is_matrix(module: Any) -> bool:
+    """Whether it multiplies by a matrix: ``nn.Linear``, and GPT-2's ``Conv1D``, which is none."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2
 
 
 def _spread(names: list[str]) -> list[str]:
