@@ -140,7 +140,8 @@ def adapted_modules(base: PreTrainedModel, targets: tuple[str, ...]) -> dict[str
     shapes = {}
     for name, module in base.named_modules():
         if name.rpartition(".")[2] in targets and _is_matrix(module):
-            rows, columns = module.weight.shape
+            weight: Any = module.weight
+            rows, columns = weight.shape
             shapes[name] = (columns, rows) if isinstance(module, nn.Linear) else (rows, columns)
     if not shapes:
         modules = blocks_of(decoder_of(base))[0].named_modules()
