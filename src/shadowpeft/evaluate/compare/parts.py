@@ -161,11 +161,12 @@ def _more_weights(entry: Entry) -> str:
 def _latency_part(tables: dict[str, list[Entry]]) -> Part | None:
     rows = [
         [entry["variant"], entry["base"], f"{entry['batch_size']}", f"{entry['prompt_tokens']}",
-         _number(entry["prefill_ms"], ",.2f"), _number(entry["token_ms"], ",.3f")]
+         _number(entry["prefill_ms"], ",.2f"), _number(entry["token_ms"], ",.3f"), _number(entry.get("equal_tokens"), ".2%")]
         for entry in tables["latency"]
     ]  # fmt: skip
-    columns = ["variant", "base", "batch", "prompt tokens", "prefill ms", "ms a token"]
-    return ("Latency", "Medians over rounds in which every variant ran once.", columns, rows) if rows else None
+    columns = ["variant", "base", "batch", "prompt tokens", "prefill ms", "ms a token", "drafted as plain"]
+    text = "Medians over rounds in which every variant ran once. Drafted as plain: tokens that are those of plain decoding."
+    return ("Latency", text, columns, rows) if rows else None
 
 
 def _cost_part(tables: dict[str, list[Entry]]) -> Part | None:
