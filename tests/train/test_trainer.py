@@ -3,12 +3,14 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from models import tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
+from shadowpeft.errors import ConfigError
 from shadowpeft.train import ShadowTrainer
 from shadowpeft.train.saving import SafeTrainer
 
@@ -91,3 +93,26 @@ def test_what_the_tutorial_says_of_the_plain_trainer_is_so(tmp_path):
     assert not any((tmp_path / "checkpoint-1" / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
     plain.evaluate()
     assert kinds == [tuple]
+
+
+def test_label_smoothing_reaches_both_heads_of_a_classifier(tmp_path):
+    """transformers' smoother takes the labels away, and the head of the shadow had no loss at all."""
+    model, rows = made("classifier", auxiliary_loss_weight=0.5)
+    ids, labels = torch.stack([row["input_ids"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    smoothing = trainer(ShadowTrainer, tmp_path, model, rows, label_smoothing_factor=0.1)
+    found = smoothing.compute_loss(model.eval(), {"input_ids": ids, "labels": labels})
+    out = model(ids, output_shadow_logits=True)
+    main, shadow = (cross_entropy(logits, labels, label_smoothing=0.1) for logits in (out.logits, out.shadow_logits))
+    assert_close(found, main + 0.5 * shadow)
+    found.backward()
+    assert model.network().shadow_head.weight.grad.abs().sum() > 0
+    alone = model(ids, adapter="__base__", labels=labels, label_smoothing=0.1)
+    assert_close(alone.loss, cross_entropy(alone.logits, labels, label_smoothing=0.1))
+
+
+def test_label_smoothing_over_anything_but_one_class_a_row_is_refused():
+    model, rows = made("classifier")
+    ids = torch.stack([row["input_ids"] for row in rows])
+    for adapter in ("default", "__base__"):
+        with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 is for one class a row, and this is multi_label"):
+            model(ids, labels=torch.zeros(4, 3), label_smoothing=0.1, adapter=adapter)
