@@ -1,8 +1,10 @@
 """Numbers that are none stop a run; a finished one is looked over."""
 
+import dataclasses
 import io
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -116,3 +118,10 @@ def test_health_without_an_adapter_is_refused(monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 2
     assert "name its folder" in capsys.readouterr().err
+
+
+def test_a_run_in_another_thread_has_no_ctrl_c_to_wait_for(bench, tmp_path):
+    """Python lets the main thread alone set a handler."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(train, dataclasses.replace(settings(bench, tmp_path), max_steps=1)).result()
+    assert done.steps == 1 and not done.interrupted
