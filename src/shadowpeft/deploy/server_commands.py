@@ -226,7 +226,9 @@ def _run(
     service: Service, console: Console, host: str, port: int, api_key: str | None, max_bytes: int, seconds: float
 ) -> None:
     app = create_app(service, api_key=api_key, max_bytes=max_bytes)
-    console.print(f"serving {', '.join(service.model_names())} at http://{host}:{port}", soft_wrap=True)
+    name = f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{port}"
+    console.print(f"serving {', '.join(service.model_names())} at {address}", markup=False, soft_wrap=True)
     waited = run_app(app, host=host, port=port, grace_seconds=int(seconds) + _GRACE, send_seconds=seconds)
     console.print("stopped; every request was answered" if waited else "stopped; requests under way were cut off")
 
