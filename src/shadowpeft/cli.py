@@ -41,7 +41,7 @@ def flags_of(config_class: type, panel: str, chosen: set[str] | None = None) -> 
             continue
         default = None if item.default is MISSING else item.default
         names = [f"--{item.name.replace('_', '-')}"]
-        if hints[item.name] is bool:
+        if _flag_type(hints[item.name]) is bool:
             names = [f"{names[0]}/--no-{names[0][2:]}"]
         option = typer.Option(*names, help=f"{item.metadata['help']} [default: {default}]", rich_help_panel=panel)
         annotation = Annotated[_flag_type(hints[item.name]) | None, option]

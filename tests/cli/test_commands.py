@@ -307,6 +307,14 @@ def test_the_demo_runs_on_the_base_that_comes_with_the_package(bench, shadowpeft
     assert (report["config"]["base"], report["config"]["shadow"]["shadow_alpha"]) == ("embedded", 4.0)
 
 
+def test_a_setting_that_is_true_false_or_left_to_the_preset_has_a_flag_for_both(monkeypatch, shadowpeft):
+    given = []
+    monkeypatch.setattr("shadowpeft.commands.train", lambda config, console: given.append(config.shadow.share_embeddings))
+    for more in ([], ["--share-embeddings"], ["--no-share-embeddings"]):
+        assert shadowpeft("train", *more)[0] == 0
+    assert given == [None, True, False]
+
+
 # ---------------------------------------------------------------- devices
 
 
