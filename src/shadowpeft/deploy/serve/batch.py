@@ -1,5 +1,6 @@
 """A running batch: rows of any adapters and modes that advance by one token together."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,9 @@ from shadowpeft.deploy.serve.exported import ExportedModel, Served
 from shadowpeft.deploy.serve.mixed import mixed_logits
 from shadowpeft.deploy.serve.sampling import choose, facts
 from shadowpeft.deploy.serve.sequence import Sequence
+from shadowpeft.evaluate.batches import num_positions
+from shadowpeft.model import ShadowModel
+from shadowpeft.model.architectures import rope_border
 
 
 @dataclass(kw_only=True)
@@ -33,6 +37,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+
+def most_tokens(model: Served) -> float:
+    """Tokens that a row may have, prompt and answer: those the model was made for, but none past the border of a long rope.
+
+    Behind it a whole pass is turned by other factors: the shorter rows beside it too, and unlike what was cached before.
+    """
+    networks = model.networks.values() if isinstance(model, ShadowModel) else ()
+    borders = map(rope_border, (model.config, *(network.backbone.config for network in networks)))
+    return min(num_positions(model), *(border for border in borders if border is not None), math.inf)
 
 
 @torch.inference_mode()
