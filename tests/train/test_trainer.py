@@ -12,6 +12,7 @@ from models import tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.train import ShadowTrainer
+from shadowpeft.train.finite import NotFiniteError
 from shadowpeft.train.saving import SafeTrainer
 
 
@@ -116,3 +117,13 @@ def test_label_smoothing_over_anything_but_one_class_a_row_is_refused():
     for adapter in ("default", "__base__"):
         with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 is for one class a row, and this is multi_label"):
             model(ids, labels=torch.zeros(4, 3), label_smoothing=0.1, adapter=adapter)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_gradient_that_is_no_number_reaches_no_weight_whether_gradients_are_clipped_or_not(tmp_path, clip):
+    model, rows = made("language model")
+    before = {name: weight.clone() for name, weight in model.network().state_dict().items()}
+    model.network().injections[0].W_up.register_hook(lambda gradient: gradient + float("inf"))
+    with pytest.raises(NotFiniteError, match=r"gradient norm is inf in step 1 .*1 of .*injections\.0\.W_up"):
+        trainer(ShadowTrainer, tmp_path, model, rows, max_grad_norm=clip).train()
+    assert_close(dict(model.network().state_dict()), before)
