@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,8 +45,10 @@ def most_tokens(model: Served) -> float:
 
     Behind it a whole pass is turned by other factors: the shorter rows beside it too, and unlike what was cached before.
     """
-    networks = model.networks.values() if isinstance(model, ShadowModel) else ()
-    borders = map(rope_border, (model.config, *(network.backbone.config for network in networks)))
+    configs: list[Any] = [model.config]
+    if isinstance(model, ShadowModel):
+        configs += [model.network(name).backbone.config for name in model.networks]
+    borders = map(rope_border, configs)
     return min(num_positions(model), *(border for border in borders if border is not None), math.inf)
 
 
