@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import TrainerState
 
-from shadowpeft.files import SaveError, failed_write, write_files
+from shadowpeft import files
+from shadowpeft.files import STAGING_PREFIX, SaveError, failed_write, write_files
 from shadowpeft.train.callbacks import MetricLines
 from workbench import byte_tokenizer
 
@@ -68,3 +69,27 @@ def test_the_reason_is_found_through_errors_that_wrap_it():
 def test_metrics_that_cannot_be_written_end_in_one_error():
     with pytest.raises(SaveError, match="could not write to /dev/full: No space left on device; free some space"):
         MetricLines(Path("/dev/full")).on_log(None, TrainerState(), None, logs={"loss": 1.0})
+
+
+def test_a_folder_that_is_not_empty_is_written_again_file_by_file(tmp_path):
+    tokenizer = byte_tokenizer()
+    for greeting in ("Hello", "Good morning"):
+        tokenizer.chat_template = {"default": "{{ messages }}", "polite": greeting}
+        write_files(tmp_path, tokenizer.save_pretrained)
+    (saved,) = (tmp_path / "additional_chat_templates").iterdir()
+    assert saved.read_text() == "Good morning"
+    assert not list(tmp_path.glob(f"{STAGING_PREFIX}*"))
+
+
+def test_files_in_folders_are_on_the_disk_before_they_are_in_place(tmp_path, monkeypatch):
+    steps, sync, replace = [], files._sync, os.replace
+    monkeypatch.setattr(files, "_sync", lambda path: (steps.append(("sync", path.name)), sync(path)))
+    monkeypatch.setattr(os, "replace", lambda old, new: (steps.append(("place", new.name)), replace(old, new)))
+
+    def write(folder):
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("new")
+
+    write_files(tmp_path, write)
+    assert steps.index(("sync", "file")) < steps.index(("place", "file"))
+    assert steps[-2:] == [("sync", "inner"), ("sync", tmp_path.name)]

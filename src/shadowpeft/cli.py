@@ -14,7 +14,7 @@ from rich.markup import escape
 from transformers.utils.logging import disable_progress_bar
 
 from shadowpeft import cli_deploy, commands
-from shadowpeft.cli_options import Adapter, Base, Data, OtherWeights, Out
+from shadowpeft.cli_options import Adapter, Base, Data, Device, OtherWeights, Out
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.config import PRESETS, preset_fields
 from shadowpeft.deploy import commands as deploying
@@ -41,7 +41,7 @@ def flags_of(config_class: type, panel: str, chosen: set[str] | None = None) -> 
             continue
         default = None if item.default is MISSING else item.default
         names = [f"--{item.name.replace('_', '-')}"]
-        if hints[item.name] is bool:
+        if _flag_type(hints[item.name]) is bool:
             names = [f"{names[0]}/--no-{names[0][2:]}"]
         option = typer.Option(*names, help=f"{item.metadata['help']} [default: {default}]", rich_help_panel=panel)
         annotation = Annotated[_flag_type(hints[item.name]) | None, option]
@@ -149,6 +149,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="rows a batch")] = 64,
     max_length: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
     output: Annotated[Path | None, typer.Option(help="write scores and generations to this JSON file")] = None,
+    device: Device = None,
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Score a saved adapter under the prompts of a task."""
@@ -164,6 +165,7 @@ def evaluate(
         batch_size=batch_size,
         max_length=max_length,
         output=output,
+        device=device,
         allow_other_weights=allow_other_weights,
     )
 
@@ -182,6 +184,7 @@ def generate(
     speculative: Annotated[
         str | None, typer.Option(help="let the shadow draft so many tokens a round, or 'auto'; the answers stay the same")
     ] = None,
+    device: Device = None,
     allow_other_weights: OtherWeights = False,
 ) -> None:
     """Answer prompts with a saved adapter."""
@@ -197,6 +200,7 @@ def generate(
         top_p=top_p,
         seed=seed,
         speculative=speculative,
+        device=device,
         allow_other_weights=allow_other_weights,
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from shadowpeft.cli_options import Adapter, Base, Data, OtherWeights, RouterFile
+from shadowpeft.cli_options import Adapter, Base, Data, Device, OtherWeights, RouterFile
 from shadowpeft.errors import ConfigError
 
 Adapters = Annotated[list[str] | None, typer.Argument(help="adapter folders or hub names, as FOLDER or NAME=FOLDER")]
@@ -62,6 +62,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         request_seconds: Seconds = 300.0,
         num_drafts: Annotated[int, typer.Option(help="tokens drafted at a time in speculative mode")] = 4,
         max_bytes: MaxBytes = 2**20,
+        device: Device = None,
         allow_other_weights: OtherWeights = False,
     ) -> None:
         """Serve a base with any number of adapters behind OpenAI's API."""
@@ -83,6 +84,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
                 "num_drafts": num_drafts,
             },
             max_bytes=max_bytes,
+            device=device,
             allow_other_weights=allow_other_weights,
         )
 
@@ -110,6 +112,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         temperature: Temperature = 0.0,
         request_seconds: Seconds = 60.0,
         max_bytes: MaxBytes = 2**20,
+        device: Device = None,
     ) -> None:
         """Serve a detached shadow that hands over to the cloud what it cannot do or is not sure of."""
         _commands().edge(
@@ -136,6 +139,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
                 "request_seconds": request_seconds,
             },
             max_bytes=max_bytes,
+            device=device,
         )
 
     @app.command()
@@ -155,6 +159,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         max_normal_share: MaxNormalShare = None,
         min_accuracy: MinAccuracy = None,
         batch_size: Annotated[int, typer.Option(help="rows a batch")] = 32,
+        device: Device = None,
         allow_other_weights: OtherWeights = False,
     ) -> None:
         """Fit the router of an edge device: confidence, threshold, expected cost and accuracy."""
@@ -173,6 +178,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             kind=kind,
             target=_target(max_cloud_share=max_cloud_share, max_normal_share=max_normal_share, min_accuracy=min_accuracy),
             batch_size=batch_size,
+            device=device,
             allow_other_weights=allow_other_weights,
         )
 
@@ -196,6 +202,7 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         max_cloud_share: MaxShare = None,
         max_normal_share: MaxNormalShare = None,
         min_accuracy: MinAccuracy = None,
+        device: Device = None,
     ) -> None:
         """Measure edge, router and cloud as one system of processes, against the cloud alone."""
         commands = _commands()
@@ -211,5 +218,6 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             concurrency=concurrency,
             max_tokens=max_tokens,
             target=_target(max_cloud_share=max_cloud_share, max_normal_share=max_normal_share, min_accuracy=min_accuracy),
+            device=device,
         )
         commands.system_eval(config, console, task=task, data=data, split=split, extra_rows=extra_rows or [], limit=limit)

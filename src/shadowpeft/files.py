@@ -60,13 +60,24 @@ def write_files(folder: Path, write: Callable[[Path], object]) -> None:
     try:
         with save_errors(f"could not save to {folder}", way_out):
             write(staging)
-            for path in sorted(staging.iterdir()):
-                _sync(path)
-            for path in sorted(staging.iterdir()):
-                os.replace(path, folder / path.name)
-            _sync(folder)
+            sync_tree(staging)
+            _replace_all(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _replace_all(staging: Path, folder: Path) -> None:
+    """Moves every file to the same place below ``folder``: a folder that is not empty cannot be replaced by a rename."""
+    filled = [folder]
+    for path in sorted(staging.rglob("*")):  # a folder comes before what is in it
+        target = folder / path.relative_to(staging)
+        if path.is_dir():
+            target.mkdir(exist_ok=True)
+            filled.append(target)
+        else:
+            os.replace(path, target)
+    for path in reversed(filled):
+        _sync(path)
 
 
 def contents(folder: Path) -> list[Path]:

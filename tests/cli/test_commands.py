@@ -10,7 +10,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from deploy.route.test_router import ROWS
+from deploy.running import free_port
 from shadowpeft import cli
+from shadowpeft.deploy.route.artefact import fit_router, save_router
 from shadowpeft.evaluate.compare.runner import Counts
 from shadowpeft.model import bases
 from shadowpeft.train.callbacks import MetricLines
@@ -302,3 +305,30 @@ def test_the_demo_runs_on_the_base_that_comes_with_the_package(bench, shadowpeft
     assert "accuracy on 4 test rows" in out
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert (report["config"]["base"], report["config"]["shadow"]["shadow_alpha"]) == ("embedded", 4.0)
+
+
+def test_a_setting_that_is_true_false_or_left_to_the_preset_has_a_flag_for_both(monkeypatch, shadowpeft):
+    given = []
+    monkeypatch.setattr("shadowpeft.commands.train", lambda config, console: given.append(config.shadow.share_embeddings))
+    for more in ([], ["--share-embeddings"], ["--no-share-embeddings"]):
+        assert shadowpeft("train", *more)[0] == 0
+    assert given == [None, True, False]
+
+
+# ---------------------------------------------------------------- devices
+
+
+@pytest.mark.parametrize("verb", ["eval", "generate", "serve", "edge", "calibrate", "system-eval"])
+def test_a_device_that_is_not_there_ends_in_one_line(shadowpeft, run_folder, bench, tmp_path, verb):
+    adapter, router = run_folder / "adapter", ["--router", tmp_path / "router.json"]
+    save_router(fit_router(ROWS), tmp_path / "router.json")
+    arguments = {
+        "eval": [adapter, "--task", "intent", "--data", bench / "intents"],
+        "generate": [adapter, "Sit down"],
+        "serve": [adapter, "--port", free_port()],
+        "edge": [adapter, *router, "--never-escalate", "--port", free_port()],
+        "calibrate": [adapter, "--task", "intent", "--data", bench / "intents", "--output", tmp_path / "new.json"],
+        "system-eval": [adapter, *router, "--task", "intent", "--data", bench / "intents"],
+    }
+    code, _, err = shadowpeft(verb, *arguments[verb], "--device", "cuda:7")
+    assert code == 2 and "there is no device 'cuda:7' here; choose one of cpu" in err

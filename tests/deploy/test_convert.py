@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowConfig, ShadowModel, get_shadow_model
+from shadowpeft.deploy import convert
 from shadowpeft.deploy.convert import convert_checkpoint, detect
 from shadowpeft.errors import ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.model.pretrained import PROJECTION_FILE
@@ -291,3 +292,24 @@ def test_a_pickled_checkpoint_and_a_folder_of_something_else_are_refused(tmp_pat
         convert_checkpoint(tmp_path / "old", tmp_path / "new", to="shadowpeft", base=tiny_base())
     with pytest.raises(CheckpointError, match="in no format"):
         convert_checkpoint(tmp_path, tmp_path / "new", to="shadowpeft")
+
+
+@pytest.mark.parametrize("kind", ["shadowpeft", "peft"])
+def test_the_base_is_loaded_at_the_commit_that_the_source_names_and_another_base_as_it_is(tmp_path, monkeypatch, kind):
+    base, commit, asked = tiny_base(), 4 * "0123456789", []
+    base.name_or_path, base.config._commit_hash = "someone/tiny", commit
+    model = get_shadow_model(base, ShadowConfig.preset("peft", **SIZES))
+    model.save_pretrained(tmp_path / "ours")
+    if kind == "peft":
+        convert_checkpoint(tmp_path / "ours", tmp_path / "theirs", to="peft", base=base)
+
+    def load_model(name, *, labels, **options):
+        asked.append((name, options))
+        return base.eval()
+
+    monkeypatch.setattr(convert, "load_model", load_model)
+    source = tmp_path / ("theirs" if kind == "peft" else "ours")
+    model.unload()
+    convert_checkpoint(source, tmp_path / "named", to="shadowpeft")
+    convert_checkpoint(source, tmp_path / "given", to="shadowpeft", base="other/tiny")
+    assert asked == [("someone/tiny", {"revision": commit}), ("other/tiny", {})]

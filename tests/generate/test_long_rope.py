@@ -1,11 +1,21 @@
 """Phi-3's long rope: past its original context all positions are turned by other factors, so what was cached does not fit."""
 
+import asyncio
+
 import pytest
 import torch
 
+from deploy.tiny import byte_tokenizer
 from models import tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
+from shadowpeft.deploy.route import calibrate
+from shadowpeft.deploy.serve.batch import most_tokens
+from shadowpeft.deploy.serve.catalogue import catalogue
+from shadowpeft.deploy.serve.mixed import Path
+from shadowpeft.deploy.serve.service import LocalService, Settings
 from shadowpeft.generate import SpeculativeFallbackWarning
+from shadowpeft.train.data import load_rows
+from shadowpeft.train.tasks import TASKS
 
 BORDER = 12
 ROPE = {
@@ -49,3 +59,24 @@ def test_drafts_on_one_side_of_the_border_are(model, length, new):
     ids = tokens(1, length)
     plain = model.generate(ids, max_new_tokens=new, **GREEDY)
     assert torch.equal(model.generate(ids, max_new_tokens=new, speculative=3, **GREEDY), plain)  # warnings are errors
+
+
+def test_a_server_takes_no_text_past_the_border_and_says_so(model):
+    def context(**settings):
+        service = LocalService(model, byte_tokenizer(), catalogue(model.networks), Settings(**settings))
+        asyncio.run(service.close())
+        return service.context
+
+    with pytest.warns(UserWarning, match=f"may have {BORDER} tokens together instead of 64: longer texts turn the positions"):
+        assert context() == BORDER
+    assert context(max_context=BORDER) == BORDER and context(max_context=5) == 5  # without a warning, which would be an error
+    assert most_tokens(get_shadow_model(tiny_base("llama", max_position_embeddings=64), tiny_config())) == 64
+
+
+def test_a_router_is_calibrated_on_texts_before_the_border(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(calibrate, "answer_all", lambda *args, max_tokens, **options: asked.append((args[2], max_tokens)))
+    rows = load_rows(TASKS["robot"], "validation", limit=3)
+    calibrate.answers(model, byte_tokenizer(), TASKS["robot"], rows, Path(adapter=None, uses_base=True))
+    [(prompts, max_tokens)] = asked
+    assert max(map(len, prompts)) + max_tokens == BORDER

@@ -41,9 +41,10 @@ except CheckpointError as error:
 """
 
 
-def run(code, address, home, *, offline):
+def run(code, address, home, *arguments, offline):
     settings = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": str(int(offline)), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **settings})
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **settings})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -90,3 +91,34 @@ def test_the_bases_commit_is_recorded_and_is_what_loading_asks_for(pushed):
     commit = commit_id(pushed["repositories"]["someone/tiny"])
     assert described["base"]["revision"] == commit
     assert any(f"someone/tiny/revision/{commit}" in request or f"resolve/{commit}/" in request for request in pushed["asked"])
+
+
+PUSH_WHILE_TRAINING = """
+import sys
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+from shadowpeft import ShadowConfig, get_shadow_model
+from shadowpeft.train import ShadowTrainer
+
+base = AutoModelForCausalLM.from_pretrained("someone/tiny")
+model = get_shadow_model(base, ShadowConfig(r=4, update_hidden_size=3, shadow_intermediate_size=24))
+arguments = TrainingArguments(
+    output_dir=sys.argv[1], use_cpu=True, report_to=[], disable_tqdm=True, max_steps=2, save_steps=1, push_to_hub=True,
+    hub_model_id="me/run", hub_token="hf_secret", hub_strategy="all_checkpoints", hub_always_push=True,
+)
+rows = [{"input_ids": row, "labels": row} for row in torch.arange(3, 35).view(4, 8)]
+ShadowTrainer(model, arguments, train_dataset=rows).train()
+"""
+
+
+def test_a_run_pushes_whole_checkpoints_and_the_newest_adapter(tmp_path):
+    repositories = {"someone/tiny": read_folder(write_base(tmp_path / "base"))}
+    with hub(repositories) as server:
+        run(PUSH_WHILE_TRAINING, server.address, tmp_path / "cache", str(tmp_path / "run"), offline=False)
+    pushed, saved = repositories["me/run"], tmp_path / "run"
+    for name in ("shadow_config.json", "shadow_model.safetensors", "README.md"):
+        assert pushed[name] == pushed[f"checkpoint-2/{name}"] == (saved / "checkpoint-2" / name).read_bytes()
+    for number in (1, 2):
+        names = {path.name for path in (saved / f"checkpoint-{number}").iterdir()}
+        assert names == {name.partition("/")[2] for name in pushed if name.startswith(f"checkpoint-{number}/")}
+    assert not [name for name in pushed if ".saving" in name]

@@ -6,10 +6,14 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TrainingArguments
 
+from deploy.tiny import byte_tokenizer
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
-from shadowpeft.errors import ArchitectureError
+from shadowpeft.deploy.serve.loading import load_edge, load_served
+from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.model.architectures import blocks_of, decoder_of
+from shadowpeft.model.load import load_attached
+from shadowpeft.model.placement import META, device_named, moved
 from shadowpeft.train.trainer import ShadowTrainer
 
 # Four blocks: two in memory, two on disk, which accelerate fetches for the time they run.
@@ -148,3 +152,44 @@ def test_the_second_device_is_one_that_does_not_mix():
     for mix in mixtures:
         with pytest.raises(RuntimeError, match="is not on the expected device"):
             mix()
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """A machine with two accelerators, as whose device torch's "meta" stands in."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: META)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+
+
+def test_the_accelerator_there_is_goes_before_the_cpu(accelerator, monkeypatch):
+    assert device_named(None) == META and device_named("cpu").type == "cpu" and device_named("meta:1").index == 1
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert device_named(None).type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["cuda:7", "meta:2", "gpu"])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(accelerator, name):
+    with pytest.raises(ConfigError, match=f"no device '{name}' here; choose one of cpu, meta, meta:0, meta:1"):
+        device_named(name)
+
+
+def test_models_for_commands_are_on_the_device_that_was_chosen(folder, tmp_path, accelerator):
+    byte_tokenizer().save_pretrained(folder)
+    model = adapted(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
+    model.save_pretrained(tmp_path / "adapter")
+    loads = {
+        "load_attached": lambda **options: load_attached(str(tmp_path / "adapter"), **options)[0],
+        "load_served": lambda **options: load_served([f"one={tmp_path / 'adapter'}"], **options).model,
+        "a base served": lambda **options: load_served([], base=str(folder), **options).model,
+        "load_edge": lambda **options: load_edge(str(folder), **options).model,
+        "load_edge, detached here": lambda **options: load_edge(str(tmp_path / "adapter"), **options).model,
+    }
+    for load in loads.values():
+        for options, expected in (({}, "meta"), ({"device": "cpu"}, "cpu")):
+            assert {p.device.type for p in load(**options).parameters()} == {expected}
+
+
+def test_a_base_that_was_dispatched_while_it_was_loaded_stays_where_it_is(folder):
+    base = offloaded(folder)
+    assert moved(base, torch.device("cpu")) is base and moved(adapted(base), torch.device("cpu")).base is base

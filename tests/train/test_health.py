@@ -1,16 +1,19 @@
 """Numbers that are none stop a run; a finished one is looked over."""
 
+import dataclasses
 import io
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from models import randomise, tiny_base, tiny_config
-from shadowpeft import cli, get_shadow_model
+from shadowpeft import ShadowModel, cli, get_shadow_model
 from shadowpeft.core.step import Injection
 from shadowpeft.model.tensors import WEIGHTS_FILE
 from shadowpeft.train.checkpoints import newest_checkpoint
@@ -116,3 +119,21 @@ def test_health_without_an_adapter_is_refused(monkeypatch, capsys):
         cli.main()
     assert stop.value.code == 2
     assert "name its folder" in capsys.readouterr().err
+
+
+def test_a_run_in_another_thread_has_no_ctrl_c_to_wait_for(bench, tmp_path):
+    """Python lets the main thread alone set a handler."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(train, dataclasses.replace(settings(bench, tmp_path), max_steps=1)).result()
+    assert done.steps == 1 and not done.interrupted
+
+
+def test_a_model_trained_in_bf16_is_no_longer_cast_when_it_is_given_back(bench, tmp_path, monkeypatch):
+    """On a CPU, where the run itself asks for no autocast: what it does on a GPU."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which the arguments change
+    monkeypatch.setattr(
+        "shadowpeft.train.arguments.TrainingArguments", lambda **given: TrainingArguments(**given | {"bf16": True})
+    )
+    done = train(dataclasses.replace(settings(bench, tmp_path), max_steps=1))
+    model, ids = done.prepared.model.eval(), torch.arange(3, 12)[None]
+    assert torch.equal(model(ids).logits, ShadowModel.from_pretrained(tmp_path / "adapter")(ids).logits)

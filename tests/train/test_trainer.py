@@ -3,13 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 from transformers.utils.generic import find_labels
 
 from models import tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
+from shadowpeft.errors import ConfigError
 from shadowpeft.train import ShadowTrainer
+from shadowpeft.train.finite import NotFiniteError
 from shadowpeft.train.saving import SafeTrainer
 
 
@@ -91,3 +94,36 @@ def test_what_the_tutorial_says_of_the_plain_trainer_is_so(tmp_path):
     assert not any((tmp_path / "checkpoint-1" / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))
     plain.evaluate()
     assert kinds == [tuple]
+
+
+def test_label_smoothing_reaches_both_heads_of_a_classifier(tmp_path):
+    """transformers' smoother takes the labels away, and the head of the shadow had no loss at all."""
+    model, rows = made("classifier", auxiliary_loss_weight=0.5)
+    ids, labels = torch.stack([row["input_ids"] for row in rows]), torch.tensor([row["labels"] for row in rows])
+    smoothing = trainer(ShadowTrainer, tmp_path, model, rows, label_smoothing_factor=0.1)
+    found = smoothing.compute_loss(model.eval(), {"input_ids": ids, "labels": labels})
+    out = model(ids, output_shadow_logits=True)
+    main, shadow = (cross_entropy(logits, labels, label_smoothing=0.1) for logits in (out.logits, out.shadow_logits))
+    assert_close(found, main + 0.5 * shadow)
+    found.backward()
+    assert model.network().shadow_head.weight.grad.abs().sum() > 0
+    alone = model(ids, adapter="__base__", labels=labels, label_smoothing=0.1)
+    assert_close(alone.loss, cross_entropy(alone.logits, labels, label_smoothing=0.1))
+
+
+def test_label_smoothing_over_anything_but_one_class_a_row_is_refused():
+    model, rows = made("classifier")
+    ids = torch.stack([row["input_ids"] for row in rows])
+    for adapter in ("default", "__base__"):
+        with pytest.raises(ConfigError, match=r"label_smoothing=0\.1 is for one class a row, and this is multi_label"):
+            model(ids, labels=torch.zeros(4, 3), label_smoothing=0.1, adapter=adapter)
+
+
+@pytest.mark.parametrize("clip", [1.0, 0.0])
+def test_a_gradient_that_is_no_number_reaches_no_weight_whether_gradients_are_clipped_or_not(tmp_path, clip):
+    model, rows = made("language model")
+    before = {name: weight.clone() for name, weight in model.network().state_dict().items()}
+    model.network().injections[0].W_up.register_hook(lambda gradient: gradient + float("inf"))
+    with pytest.raises(NotFiniteError, match=r"gradient norm is inf in step 1 .*1 of .*injections\.0\.W_up"):
+        trainer(ShadowTrainer, tmp_path, model, rows, max_grad_norm=clip).train()
+    assert_close(dict(model.network().state_dict()), before)

@@ -31,6 +31,7 @@ def generate(
     seed: int,
     speculative: str | None = None,
     allow_other_weights: bool,
+    device: str | None = None,
 ) -> None:
     """Prints one answer for each prompt, and with ``speculative`` how the drafts fared; a classifier's answer is a label.
 
@@ -43,7 +44,7 @@ def generate(
     require(temperature >= 0, "temperature", temperature, "at least 0")
     require(0 < top_p <= 1, "top_p", top_p, "a share above 0, up to 1")
     options = {} if speculative is None else {"speculative": _drafts(speculative, mode)}
-    model, tokenizer = load_with_tokenizer(adapter, base=base, allow_other_weights=allow_other_weights)
+    model, tokenizer = load_with_tokenizer(adapter, base=base, allow_other_weights=allow_other_weights, device=device)
     if task is not None:
         check_kind(task_named(task), model)
     torch.manual_seed(seed)

@@ -32,12 +32,13 @@ def evaluate(
     max_length: int,
     output: Path | None,
     allow_other_weights: bool,
+    device: str | None = None,
 ) -> None:
     """Scores a saved adapter and prints the table."""
     chosen = task_named(task)
     modes = list(check_modes(modes))
     rows = load_rows(chosen, split, source=Path(data) if data else None, limit=limit)
-    model, tokenizer = load_with_tokenizer(adapter, base=base, allow_other_weights=allow_other_weights)
+    model, tokenizer = load_with_tokenizer(adapter, base=base, allow_other_weights=allow_other_weights, device=device)
     check_kind(chosen, model)
     labels = None
     if chosen.kind == "classification":

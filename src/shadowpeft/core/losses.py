@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from shadowpeft.core.head_loss import IGNORE, HeadLosses, LossSpec, head_losses
 from shadowpeft.core.lean import PLAIN
+from shadowpeft.errors import ConfigError
 
 
 def next_token_labels(labels: Tensor) -> Tensor:
@@ -129,6 +130,7 @@ def sequence_classification_loss(
     num_items: Tensor | int | None = None,
     *,
     problem_type: str | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Eq. 9, either term.
 
@@ -139,16 +141,22 @@ def sequence_classification_loss(
         num_items: labels of the whole optimizer step, every number of [B, C] one; the sum is divided by it. None: of this
             batch.
         problem_type: as in a transformers config; None: regression with C = 1, else by whether labels are floats.
+        label_smoothing: share of the target that is spread evenly over the classes, of which a row has one.
 
     Raises:
         ValueError: float labels of another shape than the logits.
+        ConfigError: label smoothing where a row has not one class.
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.to(logits.device)
     kind = problem_type or _problem_type(logits, labels)
     if kind == "single_label_classification":
-        total = F.cross_entropy(logits, labels.view(-1), ignore_index=IGNORE, reduction="sum")
+        total = F.cross_entropy(
+            logits, labels.view(-1), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+        )
         return total / label_count(labels.view(-1), num_items)
+    if label_smoothing:
+        raise ConfigError(f"label_smoothing={label_smoothing} is for one class a row, and this is {kind}; leave it 0")
     targets = (labels.view(-1, 1) if logits.shape[-1] == 1 else labels).to(logits.dtype)
     if targets.shape != logits.shape:
         raise ValueError(f"labels of shape {tuple(labels.shape)} do not fit logits {tuple(logits.shape)}: give one per logit")

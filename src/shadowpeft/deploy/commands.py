@@ -37,7 +37,7 @@ def detach(
     """Writes the stand-alone shadow of an adapter as an ordinary model's folder."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-    model, tokenizer = load_attached(adapter, base=base, allow_other_weights=allow_other_weights)
+    model, tokenizer = load_attached(adapter, base=base, allow_other_weights=allow_other_weights, device="cpu")
     stored = None if dtype is None else getattr(torch, dtype)
     detached = write_detached(model, out, tokenizer=tokenizer, dtype=stored)
     _tell_tokenizer(tokenizer, console)
@@ -113,7 +113,7 @@ def _ordinary(
         classifies = any("SequenceClassification" in name for name in names)
         auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
         return auto.from_pretrained(source, dtype=torch.float32).eval(), find_tokenizer(source)
-    model, tokenizer = load_attached(source, base=base, allow_other_weights=allow_other_weights)
+    model, tokenizer = load_attached(source, base=base, allow_other_weights=allow_other_weights, device="cpu")
     return model.detach(), tokenizer
 
 

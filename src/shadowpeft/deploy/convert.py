@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel
 
@@ -112,7 +112,8 @@ def _read(
         described = checkpoints.read_config(folder)["base"]
         count = described["num_labels"]
         names = [described["id2label"][str(index)] for index in range(count)] if count else None
-        loaded = _base(base or described["name_or_path"], names, folder)
+        pinned = {} if base else checkpoints.pinned_revision(described)
+        loaded = _base(base or described["name_or_path"], names, folder, **pinned)
         return loaded, checkpoints.load_adapter(
             loaded, folder, allow_other_weights=allow_other_weights, shadow_model=shadow_model
         )
@@ -125,16 +126,19 @@ def _read(
         labels = [f"LABEL_{index}" for index in range(num_labels)]
     if (len(labels) if labels else None) != num_labels:
         raise ConfigError(f"{len(labels or [])} labels were given, but {folder} has {num_labels or 0} classes")
-    name = base or (peft.base_of_peft(folder) if kind == "peft" else None)
-    loaded = _base(name, labels, folder)
+    described = {"name_or_path": None} if base or kind == "authors" else peft.base_of_peft(folder)
+    pinned = checkpoints.pinned_revision(described)
+    loaded = _base(base or described["name_or_path"], labels, folder, **pinned)
     read = authors.read_authors if kind == "authors" else peft.read_peft
     return loaded, read(folder, loaded, shadow_model=shadow_model)
 
 
-def _base(base: str | PreTrainedModel | None, labels: list[str] | None, folder: Path) -> PreTrainedModel:
+def _base(
+    base: str | PreTrainedModel | None, labels: list[str] | None, folder: Path, **options: Any
+) -> PreTrainedModel:
     if not base:
         raise CheckpointError(f"{folder} does not name its base; pass it with --base")
-    return load_model(base, labels=labels) if isinstance(base, str) else base
+    return load_model(base, labels=labels, **options) if isinstance(base, str) else base
 
 
 def _convert_pretrained(folder: Path, out: Path, *, kind: str, to: str, base: str | PreTrainedModel | None) -> list[str]:

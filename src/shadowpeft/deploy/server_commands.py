@@ -64,6 +64,7 @@ def serve(
     settings: dict[str, Any],
     max_bytes: int,
     allow_other_weights: bool,
+    device: str | None = None,
 ) -> None:
     """Serves one base with its adapters until told to stop.
 
@@ -76,7 +77,7 @@ def serve(
     reason = None if options.task is None else why_not_one_text(options.task)
     if reason is not None:
         raise ConfigError(f"--task {task}: {reason}, and leave out --task")
-    loaded = load_served(adapters, base=base, lora=lora, allow_other_weights=allow_other_weights)
+    loaded = load_served(adapters, base=base, lora=lora, allow_other_weights=allow_other_weights, device=device)
     service = LocalService(loaded.model, loaded.tokenizer, catalogue(loaded.adapters), options)
     _run(service, console, host, port, api_key, max_bytes, options.request_seconds)
 
@@ -100,6 +101,7 @@ def edge(
     api_key: str | None,
     settings: dict[str, Any],
     max_bytes: int,
+    device: str | None = None,
 ) -> None:
     """Serves a detached shadow behind a router until told to stop."""
     check_free(host, port)
@@ -113,7 +115,7 @@ def edge(
     if cloud is None and not never_escalate:
         raise ConfigError("name the cloud's address with --cloud URL, or switch it off with --never-escalate")
     options = _settings(settings, chosen.task)
-    local = edge_service(load_edge(model), options)
+    local = edge_service(load_edge(model, device=device), options)
     asked = None
     if cloud is not None and not never_escalate:
         if cloud_model is None:
@@ -159,6 +161,7 @@ def calibrate(
     target: Target,
     batch_size: int,
     allow_other_weights: bool,
+    device: str | None = None,
 ) -> Router:
     """Fits a router on validation rows, prints what to expect of it and writes it.
 
@@ -171,9 +174,9 @@ def calibrate(
     source = Path(data) if data else None
     rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
     skills = skills_of(chosen, load_rows(chosen, "train", source=source))
-    loaded = load_served([f"edge={adapter}"], base=base, allow_other_weights=allow_other_weights)
-    device = None if edge is None else load_edge(edge).model
-    ask = partial(observe, loaded.model, loaded.tokenizer, chosen, rows, adapter="edge", skills=skills, edge=device)
+    loaded = load_served([f"edge={adapter}"], base=base, allow_other_weights=allow_other_weights, device=device)
+    on_edge = None if edge is None else load_edge(edge, device=device).model
+    ask = partial(observe, loaded.model, loaded.tokenizer, chosen, rows, adapter="edge", skills=skills, edge=on_edge)
     with console.status(f"asking both sides {len(rows)} rows"):
         observed = ask(batch_size=batch_size)
     router = fit_router(
@@ -223,7 +226,9 @@ def _run(
     service: Service, console: Console, host: str, port: int, api_key: str | None, max_bytes: int, seconds: float
 ) -> None:
     app = create_app(service, api_key=api_key, max_bytes=max_bytes)
-    console.print(f"serving {', '.join(service.model_names())} at http://{host}:{port}", soft_wrap=True)
+    name = f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{port}"
+    console.print(f"serving {', '.join(service.model_names())} at {address}", markup=False, soft_wrap=True)
     waited = run_app(app, host=host, port=port, grace_seconds=int(seconds) + _GRACE, send_seconds=seconds)
     console.print("stopped; every request was answered" if waited else "stopped; requests under way were cut off")
 

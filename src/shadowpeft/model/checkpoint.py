@@ -347,7 +347,7 @@ def load_base(adapter: str | Path, hub_options: dict[str, Any], **base_options: 
 def pinned_revision(described: dict[str, Any]) -> dict[str, str]:
     """Options for loading a base as it was when :func:`describe_base` saw it; none where that was no commit of a hub."""
     revision = described.get("revision")
-    return {"revision": revision} if revision and is_hub_name(described["name_or_path"]) else {}
+    return {"revision": revision} if revision and is_hub_name(described["name_or_path"] or "") else {}
 
 
 def label_names(described: dict[str, Any]) -> list[str] | None:

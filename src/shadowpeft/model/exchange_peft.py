@@ -10,6 +10,7 @@ from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.core.config import check_keys
 from shadowpeft.errors import CheckpointError, ConfigError
 from shadowpeft.model.architectures import blocks_of, decoder_of
+from shadowpeft.model.bases import commit_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.convert import blocks_path, from_peft, to_peft
 from shadowpeft.model.exchange import (
@@ -69,8 +70,10 @@ def num_labels_of_peft(folder: Path) -> int | None:
     return head.shape[0]
 
 
-def base_of_peft(folder: Path) -> str | None:
-    return read_json(folder / PEFT_CONFIG).get("base_model_name_or_path")
+def base_of_peft(folder: Path) -> dict[str, Any]:
+    """Name and revision (branch, tag or commit) of the base, under the keys of :func:`checkpoint.describe_base`."""
+    values = read_json(folder / PEFT_CONFIG)
+    return {"name_or_path": values.get("base_model_name_or_path"), "revision": values.get("revision")}
 
 
 def read_peft(folder: Path, base: PreTrainedModel, *, shadow_model: str | None = None) -> ShadowNetwork:
@@ -161,6 +164,7 @@ def write_peft(base: PreTrainedModel, network: ShadowNetwork, folder: Path) -> W
     values = _PEFT_DEFAULTS | {
         "auxiliary_loss_weight": config.auxiliary_loss_weight,
         "base_model_name_or_path": base.name_or_path or None,
+        "revision": commit_of(base),
         "modules_to_save": ["classifier", "score"] if classifies else None,
         "r": config.r,
         "shadow_alpha": config.bottleneck_alpha,

@@ -7,13 +7,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from shadowpeft.errors import ArchitectureError
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.placement import device_named, moved
 from shadowpeft.model.wrapper import ShadowModel
 
 
 def load_attached(
-    adapter: str, *, base: str | None = None, allow_other_weights: bool = False
+    adapter: str, *, base: str | None = None, allow_other_weights: bool = False, device: str | None = None
 ) -> tuple[ShadowModel, PreTrainedTokenizerBase | None]:
-    """A saved adapter on its base (or on ``base``), and the tokenizer saved with it, else the base's, else None."""
+    """A saved adapter on its base (or on ``base``), and the tokenizer saved with it, else the base's, else None.
+
+    Args:
+        device: where the model goes; None: the accelerator of this machine, else its CPU.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    place = device_named(device)
     folder = checkpoints.find_folder(adapter)
     described = checkpoints.read_config(folder)["base"]
     loaded: PreTrainedModel | None = None
@@ -23,18 +32,18 @@ def load_attached(
     tokenizer = find_tokenizer(str(folder), base or described["name_or_path"])
     if tokenizer is not None and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return moved(model, place), tokenizer
 
 
 def load_with_tokenizer(
-    adapter: str, *, base: str | None = None, allow_other_weights: bool = False
+    adapter: str, *, base: str | None = None, allow_other_weights: bool = False, device: str | None = None
 ) -> tuple[ShadowModel, PreTrainedTokenizerBase]:
     """:func:`load_attached` for those who read or write text.
 
     Raises:
         ArchitectureError: neither the adapter nor its base has a tokenizer.
     """
-    model, tokenizer = load_attached(adapter, base=base, allow_other_weights=allow_other_weights)
+    model, tokenizer = load_attached(adapter, base=base, allow_other_weights=allow_other_weights, device=device)
     tokenizer = tokenizer or load_tokenizer(model.base.name_or_path or adapter)  # which says what is missing
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer

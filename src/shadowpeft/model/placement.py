@@ -1,4 +1,7 @@
-"""A base whose parts lie on several devices (``device_map``, a pipeline, offloading): each step goes with its block."""
+"""Where models compute: the device that commands choose, and steps that go with their blocks.
+
+A base's parts may lie on several devices (``device_map``, a pipeline, offloading).
+"""
 
 from typing import Any
 
@@ -7,9 +10,33 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from shadowpeft.core import ShadowNetwork
+from shadowpeft.errors import ConfigError
 from shadowpeft.model.architectures import blocks_of, decoder_of
 
 META = torch.device("meta")
+
+
+def device_named(name: str | None) -> torch.device:
+    """The device called ``name``, such as ``"cuda:1"``; for None the accelerator of this machine, else its CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if name is None:
+        return found or torch.device("cpu")
+    known = {"cpu"}
+    if found is not None:
+        known |= {found.type, *(f"{found.type}:{index}" for index in range(torch.accelerator.device_count()))}
+    if name not in known:
+        raise ConfigError(f"there is no device {name!r} here; choose one of {', '.join(sorted(known))}, or leave it out")
+    return torch.device(name)
+
+
+def moved(model: Any, device: torch.device) -> Any:
+    """``model`` on ``device``; a base that was dispatched while it was loaded (a quantised one) stays where it is."""
+    is_dispatched = hasattr(getattr(model, "base", model), "hf_device_map")
+    return model if is_dispatched else model.to(device)
 
 
 def place(network: ShadowNetwork, base: PreTrainedModel) -> ShadowNetwork:

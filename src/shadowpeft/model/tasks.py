@@ -288,6 +288,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
         Arguments as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` are [B] or [B, C], read as the base's
         ``config.problem_type`` says.
         """
+        label_smoothing = kwargs.pop("label_smoothing", 0.0)  # not in the signature, as there
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -300,8 +301,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
         network = self._chosen(adapter)
         if network is None:
             refuse_without_shadow(output_shadow_logits)
-            inputs[CACHE] = past_key_values
-            return self.base(labels=labels, use_cache=use_cache, return_dict=return_dict, **inputs)
+            inputs |= {CACHE: past_key_values, "use_cache": use_cache}
+            return self._base_alone(inputs, labels, num_items_in_batch, label_smoothing, return_dict)
         given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
         mask = self._padding_mask(given, input_ids, attention_mask)
         if labels is not None and given is not None:
@@ -317,7 +318,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
             shadow_logits = network.shadow_head(pool_last_token(initial, mask).to(network.shadow_head.weight))
         if labels is not None:
             assert shadow_logits is not None
-            options = {"problem_type": self.config.problem_type}
+            options: Any = {"problem_type": self.config.problem_type, "label_smoothing": label_smoothing}
             main = sequence_classification_loss(logits, labels, num_items_in_batch, **options)
             shadow = sequence_classification_loss(shadow_logits, labels, num_items_in_batch, **options)
             loss = combine(main, shadow, network.config.auxiliary_loss_weight)
@@ -332,6 +333,22 @@ class ShadowModelForSequenceClassification(ShadowModel):
             shadow_logits=shadow_logits if output_shadow_logits else None,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _base_alone(
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        num_items: Tensor | int | None,
+        label_smoothing: float,
+        return_dict: bool | None,
+    ) -> Any:
+        """The untouched base's output, whose own loss knows no smoothing."""
+        if labels is None or not label_smoothing:
+            return self.base(labels=labels, return_dict=return_dict, **inputs)
+        output = self.base(return_dict=True, **inputs)
+        options: Any = {"problem_type": self.config.problem_type, "label_smoothing": label_smoothing}
+        output.loss = sequence_classification_loss(output.logits, labels, num_items, **options)
+        return output.to_tuple() if return_dict is False else output
 
     def _padding_mask(self, given: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         """[B, T] of what is not padding; without a mask, from the pad token, as transformers' own classifiers do.

@@ -200,6 +200,8 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         if is_first:
             write_files(folder / ADAPTER_FOLDER, prepared.tokenizer.save_pretrained)
     arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
+    # accelerate's autocast would stay on the forward of a model trained in 16 bits, whose scores would not be the adapter's.
+    trainer.accelerator.unwrap_model(prepared.model, keep_fp32_wrapper=False)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return Trained(
         prepared=prepared,

@@ -10,13 +10,16 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from shadowpeft.files import STAGING_PREFIX, put_in_place, save_errors, sync_tree
+from shadowpeft.model.checkpoint import CARD_FILE
+from shadowpeft.model.tensors import CONFIG_FILE, WEIGHTS_FILE
 from shadowpeft.train.finite import check_gradients, check_loss
 
 # Beside the checkpoints, so that moving one out of it is a rename.
 STAGING = f"{STAGING_PREFIX}checkpoint"
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
 
 
 class SafeTrainer(Trainer):
@@ -52,14 +55,16 @@ class SafeTrainer(Trainer):
         self._batch_in_step += 1
         loss = super().training_step(model, inputs, *args, **kwargs)
         check_loss(loss, inputs, step=self.state.global_step + 1, batch=self._batch_in_step)
+        if self.accelerator.sync_gradients:
+            self._before_step(model)
         return loss
 
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
+    def _before_step(self, model: nn.Module) -> None:
+        """Behind a step's last batch. Not where gradients are clipped: max_grad_norm=0 leaves that out."""
         # A scaler for float16 meets infinite gradients now and then, and skips those steps itself.
         if getattr(self.accelerator, "scaler", None) is None and not self.is_deepspeed_enabled:
             check_gradients(model, step=self.state.global_step + 1, batches=self._batch_in_step)
         self._batch_in_step = 0
-        return super()._clip_grad_norm(model)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -69,6 +74,8 @@ class SafeTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         what = f"could not save the checkpoint of step {self.state.global_step} in {self.args.output_dir}"
         way_out = "earlier checkpoints are complete. Free some space, then go on with --resume"
+        if self.args.push_to_hub:
+            self._finish_current_push()  # which reads the folder that the next checkpoint is written to
         with save_errors(what, way_out), self._staged(folder / STAGING):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -82,6 +89,18 @@ class SafeTrainer(Trainer):
                     best_model_checkpoint=self.state.best_model_checkpoint,
                 )
             self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As in transformers, once the checkpoint is in its place, and with the files of an adapter, of which it knows none."""
+        if self._staging is not None:
+            return
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for path in (Path(checkpoint_folder, name) for name in ADAPTER_FILES):
+                if path.is_file():
+                    shutil.copy(path, Path(str(self.args.output_dir), path.name))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers, which trains one step too many when it goes on from the last step's checkpoint."""

@@ -16,7 +16,6 @@ from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE
 from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
 from shadowpeft.model.sharded import is_sharded
-from shadowpeft.model.tasks import ShadowModelForCausalLM
 from shadowpeft.train.groups import heads_of, multiplied_parts
 from shadowpeft.train.saving import SafeTrainer
 
@@ -44,8 +43,8 @@ class ShadowTrainer(SafeTrainer):
         refuse_zero3(isinstance(model, ShadowModel) and is_deepspeed_zero3_enabled())
         super().__init__(*args, **kwargs)
         self._shadow_lr_multiplier, self._head_lr_multiplier = shadow_lr_multiplier, head_lr_multiplier
-        # transformers smooths labels on logits it asks for; here both losses do it behind the head, without any.
-        smooths = self.label_smoother is not None and isinstance(self.model, ShadowModelForCausalLM)
+        # transformers takes the labels away and smooths on the logits, which leaves the shadow's head without a loss.
+        smooths = self.label_smoother is not None and isinstance(self.model, ShadowModel)
         self._loss_options = {"label_smoothing": self.args.label_smoothing_factor} if smooths else {}
         self.label_smoother = None if smooths else self.label_smoother
         self._sums: dict[str, torch.Tensor] = {}

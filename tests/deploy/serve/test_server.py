@@ -27,10 +27,11 @@ from shadowpeft.deploy.serve.loading import load_edge, load_served
 from shadowpeft.deploy.serve.prompts import chat_ids
 from shadowpeft.deploy.serve.protocol import ChatRequest, CompletionRequest, Message, parse
 from shadowpeft.deploy.serve.replies import Replies
-from shadowpeft.deploy.serve.run import http_protocol
+from shadowpeft.deploy.serve.run import check_free, http_protocol
 from shadowpeft.deploy.serve.scheduler import Scheduler
 from shadowpeft.deploy.serve.sequence import Piece
 from shadowpeft.deploy.serve.service import LocalService, Settings
+from shadowpeft.deploy.server_commands import _run
 from shadowpeft.errors import ArchitectureError, ConfigError
 from shadowpeft.train.tasks import TASKS
 
@@ -553,3 +554,15 @@ def test_metrics_are_prometheus_text_and_count_exactly(raw, service):
 def test_the_page_is_served_without_a_key(address):
     page = httpx.get(address)
     assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_an_ipv6_address_is_served(monkeypatch):
+    said, port = [], free_port()
+    check_free("::1", port)
+    monkeypatch.setattr("shadowpeft.deploy.server_commands.run_app", lambda *args, **options: True)
+    console = Mock(print=lambda text, **options: said.append(text))
+    _run(Mock(model_names=lambda: ["base"]), console, "::1", port, None, 1, 1.0)
+    assert said[0] == f"serving base at http://[::1]:{port}"
+    with socket.create_server(("::1", port), family=socket.AF_INET6), pytest.raises(ConfigError, match=f"::1:{port}"):
+        check_free("::1", port)

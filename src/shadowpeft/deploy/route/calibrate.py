@@ -11,12 +11,12 @@ from shadowpeft.deploy.route.calibration import auroc
 from shadowpeft.deploy.route.grammar import reason_to_escalate, skill_name
 from shadowpeft.deploy.route.operating import Example
 from shadowpeft.deploy.route.scores import SCORES, all_scores
+from shadowpeft.deploy.serve.batch import most_tokens
 from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.mixed import Path
 from shadowpeft.deploy.serve.offline import Said, answer_all
 from shadowpeft.deploy.serve.service import end_ids
 from shadowpeft.errors import ConfigError, DataError
-from shadowpeft.evaluate.batches import num_positions
 from shadowpeft.train.answers import REMOTE, Row, first_call
 from shadowpeft.train.data import all_prompt_ids, cut_left
 from shadowpeft.train.tasks import Task
@@ -127,7 +127,7 @@ def answers(
     progress: Progress | None = None,
 ) -> list[Said]:
     """Greedy answers under the task's own prompts."""
-    positions = num_positions(model)
+    positions = most_tokens(model)
     num_new = int(min(task.max_new_tokens, positions / 2))
     prompts = [
         cut_left(tokenizer, ids, int(min(positions - num_new, 10**6))) for ids in all_prompt_ids(task, tokenizer, rows)

@@ -1,6 +1,8 @@
 """A running batch: rows of any adapters and modes that advance by one token together."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from shadowpeft.deploy.serve.exported import ExportedModel, Served
 from shadowpeft.deploy.serve.mixed import mixed_logits
 from shadowpeft.deploy.serve.sampling import choose, facts
 from shadowpeft.deploy.serve.sequence import Sequence
+from shadowpeft.evaluate.batches import num_positions
+from shadowpeft.model import ShadowModel
+from shadowpeft.model.architectures import rope_border
 
 
 @dataclass(kw_only=True)
@@ -33,6 +38,18 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.sequences)
+
+
+def most_tokens(model: Served) -> float:
+    """Tokens that a row may have, prompt and answer: those the model was made for, but none past the border of a long rope.
+
+    Behind it a whole pass is turned by other factors: the shorter rows beside it too, and unlike what was cached before.
+    """
+    configs: list[Any] = [model.config]
+    if isinstance(model, ShadowModel):
+        configs += [model.network(name).backbone.config for name in model.networks]
+    borders = map(rope_border, configs)
+    return min(num_positions(model), *(border for border in borders if border is not None), math.inf)
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from shadowpeft.model import ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.architectures import architecture_of, decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.placement import device_named, moved
 from shadowpeft.train.run import task_named
 from shadowpeft.train.tasks import Task
 
@@ -43,7 +44,12 @@ def parse_adapter(text: str) -> tuple[str, str]:
 
 
 def load_served(
-    adapters: list[str], *, base: str | None = None, lora: str | None = None, allow_other_weights: bool = False
+    adapters: list[str],
+    *,
+    base: str | None = None,
+    lora: str | None = None,
+    allow_other_weights: bool = False,
+    device: str | None = None,
 ) -> Loaded:
     """One base in memory, with every adapter.
 
@@ -51,10 +57,12 @@ def load_served(
         adapters: ``NAME=FOLDER`` each. All must belong to one base.
         base: its name, if it is not the one that the first adapter names.
         lora: folder of a peft adapter that is merged into the base, for comparisons; no shadows then.
+        device: where the model goes; None: the accelerator of this machine, else its CPU.
 
     Raises:
-        ShadowPeftError: nothing to serve, a base that cannot be, or an adapter that does not fit.
+        ShadowPeftError: nothing to serve, a base that cannot be, an adapter that does not fit, or no such device.
     """
+    place = device_named(device)
     named = [parse_adapter(text) for text in adapters]
     if len({name for name, _ in named}) < len(named):
         raise AdapterError(f"two adapters have one name in {', '.join(adapters)}; give NAME=FOLDER")
@@ -72,28 +80,33 @@ def load_served(
     elif folder is not None:
         options: dict[str, Any] = {"allow_other_weights": allow_other_weights}
         shadow = ShadowModel.from_pretrained(folder, model, adapter_name=named[0][0], **options)
-        for name, place in named[1:]:
-            shadow.load_adapter(place, name, **options)
+        for name, other in named[1:]:
+            shadow.load_adapter(other, name, **options)
         model = shadow
-    return Loaded(model=model.eval(), tokenizer=tokenizer, adapters=[name for name, _ in named])
+    return Loaded(model=moved(model.eval(), place), tokenizer=tokenizer, adapters=[name for name, _ in named])
 
 
-def load_edge(place: str, *, adapter: str | None = None) -> Loaded:
+def load_edge(place: str, *, adapter: str | None = None, device: str | None = None) -> Loaded:
     """A detached shadow: a folder of ``shadowpeft export --format onnx`` (or ``onnx-int8``), which onnxruntime runs; one
     of ``shadowpeft detach``; or an adapter folder, detached here.
 
-    The last needs the base on the device while loading and is meant for trying out.
+    The last needs the base in memory while loading and is meant for trying out.
+
+    Args:
+        device: as in :func:`load_served`; onnxruntime runs on the CPU, whatever it is.
 
     Raises:
-        ShadowPeftError: nothing to load, a model that cannot be served, no tokenizer, or onnxruntime is not installed.
+        ShadowPeftError: nothing to load, a model that cannot be served, no tokenizer, no such device, or onnxruntime is not
+            installed.
     """
+    target = device_named(device)
     if is_exported(place):
         return Loaded(model=ExportedModel(place), tokenizer=load_tokenizer(place), adapters=[])
     if (Path(place) / checkpoints.CONFIG_FILE).is_file():
-        loaded = load_served([f"{adapter or 'edge'}={place}"])
+        loaded = load_served([f"{adapter or 'edge'}={place}"], device="cpu")
         assert isinstance(loaded.model, ShadowModel)
-        return Loaded(model=loaded.model.detach(), tokenizer=loaded.tokenizer, adapters=[])
-    return Loaded(model=_load_decodable(place).eval(), tokenizer=load_tokenizer(place), adapters=[])
+        return Loaded(model=moved(loaded.model.detach(), target), tokenizer=loaded.tokenizer, adapters=[])
+    return Loaded(model=moved(_load_decodable(place).eval(), target), tokenizer=load_tokenizer(place), adapters=[])
 
 
 def task_or_none(name: str | None) -> Task | None:

@@ -36,6 +36,9 @@ def answer_all(
 ) -> list[Said]:
     """Greedy answers in the order of ``prompts``; finished rows make room for the next at once.
 
+    Args:
+        prompts: which fit, with ``max_tokens`` of an answer, into :func:`most_tokens` of the model.
+
     Raises:
         ApiError: the model returned values that are not finite.
     """

@@ -99,7 +99,7 @@ def check_free(host: str, port: int) -> None:
     if not 0 < port < 65536:
         raise ConfigError(f"port={port} is not valid: expected 1 to 65535")
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
             pass
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error

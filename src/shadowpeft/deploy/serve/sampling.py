@@ -55,7 +55,7 @@ def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> in
 
 def distribution(logits: Tensor, sampling: Sampling) -> Tensor:
     """What a sampled token is drawn from: ``logits`` [V] after temperature and top-p, as probabilities [V]."""
-    return nucleus((logits.double() / sampling.temperature).softmax(-1).cpu(), sampling.top_p)
+    return nucleus((logits.cpu().double() / sampling.temperature).softmax(-1), sampling.top_p)
 
 
 def nucleus(probabilities: Tensor, top_p: float) -> Tensor:

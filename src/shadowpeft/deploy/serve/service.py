@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from shadowpeft.deploy.serve.batch import most_tokens
 from shadowpeft.deploy.serve.catalogue import Entry, find
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.exported import Served
@@ -35,7 +36,8 @@ class Settings:
         max_batch, max_waiting: see :class:`Scheduler`.
         max_new_tokens: of a request that names no limit.
         temperature: of a request that names none.
-        max_context: tokens of prompt and answer; None: what the model was made for.
+        max_context: tokens of prompt and answer; None: what the model was made for. Never more than a batch can have
+            (:func:`most_tokens`).
         request_seconds: an answer is given up after so long.
         num_drafts: tokens drafted at a time in speculative mode.
         task: wraps chat messages in its training prompt; None: chat template or transcript.
@@ -145,7 +147,7 @@ class LocalService:
     ) -> None:
         self.tokenizer, self.entries, self.settings = tokenizer, entries, settings
         self.metrics = metrics or Metrics()
-        self.context = int(min(num_positions(model), settings.max_context or 2**31))
+        self.context = _context(model, settings)
         self._vocabulary = model.config.vocab_size
         self._ends = end_ids(model, tokenizer)
         self._num_drafts = {name: self._drafts_of(model, entry) for name, entry in entries.items()}
@@ -247,6 +249,19 @@ class LocalService:
             deadline=time.monotonic() + settings.request_seconds,
             num_drafts=self._num_drafts[entry.name],
         )
+
+
+def _context(model: Served, settings: Settings) -> int:
+    """Tokens of prompt and answer, with a warning where they are fewer than were asked for."""
+    wanted = min(num_positions(model), settings.max_context or 2**31)
+    context = min(wanted, most_tokens(model))
+    if context < wanted:
+        warnings.warn(
+            f"prompt and answer may have {context} tokens together instead of {wanted}: longer texts turn the positions of all "
+            "rows in a batch by the long factors of this model's rope. For those call generate() on the attached model",
+            stacklevel=3,
+        )
+    return int(context)
 
 
 def _completed(request: Request, job: Job) -> Request:

@@ -20,6 +20,7 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.model import ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.placement import device_named
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import all_prompt_ids, uses_chat
 from shadowpeft.train.tasks import Task
@@ -45,6 +46,7 @@ class SystemConfig:
         concurrency: requests under way at a time.
         target: another operating point than the router's own.
         max_tokens: of an answer; None: the task's.
+        device: where all models run; None: the accelerator of this machine, else its CPU.
     """
 
     adapter: str
@@ -58,6 +60,7 @@ class SystemConfig:
     concurrency: int = 1
     target: Target = NO_TARGET
     max_tokens: int | None = None
+    device: str | None = None
 
 
 def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[str], None] = print) -> dict[str, Any]:
@@ -67,6 +70,7 @@ def run(config: SystemConfig, task: Task, rows: Sequence[Row], tell: Callable[[s
         ShadowPeftError: nothing to replay, or a server that does not start or answer.
     """
     check_routable(task)
+    device_named(config.device)  # found out here, and not by a server that does not start
     if not rows:
         raise DataError(f"there are no rows of task {task.name!r} to replay")
     router = load_router(config.router)
@@ -114,7 +118,7 @@ def _prepare(
     """
     if config.edge is not None and not Path(config.edge).is_dir():
         raise ConfigError(f"there is no folder {config.edge}; write it with: shadowpeft detach, or shadowpeft export")
-    loaded = load_served([f"{CLOUD_NAME}={config.adapter}"], base=config.base)
+    loaded = load_served([f"{CLOUD_NAME}={config.adapter}"], base=config.base, device="cpu")
     assert isinstance(loaded.model, ShadowModel)
     folder = config.output / "edge" if config.edge is None else Path(config.edge)
     if config.edge is None:
@@ -144,7 +148,8 @@ def _replay_all(
             num_bytes[name] = {way: count - before[way] for way, count in link.num_bytes.items()}
 
     base = [] if config.base is None else ["--base", config.base]
-    with _behind_link(config, ["serve", f"{CLOUD_NAME}={config.adapter}", *base]) as (direct, url, link):
+    device = _device_arguments(config)
+    with _behind_link(config, ["serve", f"{CLOUD_NAME}={config.adapter}", *base, *device]) as (direct, url, link):
         measure(ATTACHED, url, CLOUD_NAME, link)
         tell("asking the attached model for its probabilities")
         probed = ask(direct, CLOUD_NAME, prompts, concurrency=8, with_logprobs=True)
@@ -153,7 +158,7 @@ def _replay_all(
             measure("edge only", edge.url, "edge:local", None)
             measure("edge and cloud", edge.url, "edge", link)
     if config.lora is not None:
-        lora = ["serve", "--base", _base_name(config), "--lora", config.lora]
+        lora = ["serve", "--base", _base_name(config), "--lora", config.lora, *device]
         with _behind_link(config, lora) as (_, url, link):
             measure(LORA, url, "base", link)
     return replays, num_bytes, logprobs
@@ -171,7 +176,11 @@ def _behind_link(config: SystemConfig, arguments: list[str]) -> Iterator[tuple[s
 def _edge_arguments(config: SystemConfig, folder: Path, cloud: str) -> list[str]:
     target = [part for name, value in config.target.given().items() for part in (f"--{name.replace('_', '-')}", str(value))]
     place = ["--router", str(config.router), "--cloud", cloud, "--cloud-model", CLOUD_NAME]
-    return ["edge", str(folder), *place, "--cloud-seconds", "60", *target]
+    return ["edge", str(folder), *place, "--cloud-seconds", "60", *target, *_device_arguments(config)]
+
+
+def _device_arguments(config: SystemConfig) -> list[str]:
+    return [] if config.device is None else ["--device", config.device]
 
 
 def _base_name(config: SystemConfig) -> str:
