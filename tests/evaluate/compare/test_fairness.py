@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import comparisons
 from shadowpeft.evaluate.compare import plan
@@ -164,3 +165,16 @@ def test_a_bases_sizes_of_a_shadow_are_not_asked_of_one_that_brings_its_own(tmp_
     given = MethodSpec(kind="shadow", shadow={"shadow_num_attention_heads": 2, "r": 2})
     config = shadow_config(given, is_classifier=False, shadow_model="base:first:1", shadow_intermediate_size=19)
     assert config.idle_sizes == {} and config.r == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "probe", "full", "shadow"])
+def test_no_autocast_of_the_training_stays_on_a_model_that_is_scored(root, tmp_path, monkeypatch, method):
+    """On a CPU, where the run itself asks for no autocast: what it does on a GPU."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # which the arguments change
+    monkeypatch.setattr(
+        "shadowpeft.train.arguments.TrainingArguments", lambda **given: TrainingArguments(**given | {"bf16": True})
+    )
+    store = store_of(root, tmp_path, dtype="bfloat16", max_steps=1)
+    model = train_method(main_cell(store, "classes", method), store, {"learning_rate": 1e-3}, seed=0).model
+    assert not hasattr(model, "_original_forward")  # accelerate's
+    assert model(input_ids=torch.arange(3, 12)[None]).logits.isfinite().all()

@@ -45,6 +45,8 @@ def fit(
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
+    # accelerate's autocast would stay on what was trained, and not on a shadow that is detached from it.
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     mean = sum(len(example["input_ids"]) for example in examples) / len(examples)
     tokens = round(mean * min(config.batch_size, len(examples)) * config.gradient_accumulation * steps)
