@@ -163,7 +163,8 @@ def speculative_decoding(
             "output_attentions and output_hidden_states are not recorded while speculating; leave out speculative="
         )
     # The shadow's layers have to be there before anything is read: what rolls back looks at all of them.
-    view = shadow_view(cache, base=decoder_of(model.base).config, shadow=network.backbone.config)
+    configs = {"base": decoder_of(model.base).config, "shadow": network.backbone.config}
+    view = shadow_view(cache, **configs, identity=network.identity)
     final_length = _final_length(input_ids, generation_config, model_kwargs)
     reason = why_not_croppable(cache, final_length) or why_not_draftable(view, final_length)
     reason = reason or _why_not_across(rope_border(model.config), input_ids.shape[1], final_length)
