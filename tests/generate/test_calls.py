@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from models import tiny_base, tiny_config, tokens
+from models import attributes, changed_attributes, tiny_base, tiny_config, tokens
 from shadowpeft import SpeculativeConfig, collect_statistics, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import SpeculativeFallbackWarning, SpeculativeOutput, api
@@ -185,9 +185,9 @@ def test_the_adapter_can_be_chosen_for_one_call():
 
 
 def test_a_call_leaves_nothing_on_the_model(model):
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    before = attributes(model)
     greedy(model, tokens(1, LENGTH), speculative=3)
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert changed_attributes(before, attributes(model)) == []
 
 
 def test_the_detached_shadow_serves_as_an_assistant_model(model):
