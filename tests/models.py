@@ -100,3 +100,24 @@ def enable_checkpointing(model: PreTrainedModel, **options: object) -> None:
     """Under whichever of its two names this transformers release has it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(options or None)
+
+
+def attributes(model: torch.nn.Module) -> dict[tuple, tuple[object, int | None]]:
+    """Every attribute of every module and what those that are containers hold: the objects, and of tensors how often changed.
+
+    To be compared by :func:`changed_attributes`, while what is in it stays alive and no address is used twice.
+    """
+    found: dict[tuple, tuple[object, int | None]] = {}
+    for place, module in model.named_modules():
+        for name, value in vars(module).items():
+            held = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else ()
+            for key, item in ((None, value), *held):
+                found[place, name, key] = (item, item._version if isinstance(item, torch.Tensor) else None)
+    return found
+
+
+def changed_attributes(before: dict[tuple, tuple[object, int | None]], after: dict) -> list[tuple]:
+    """Places at which another object is, or a tensor was written to, or only one of the two has anything."""
+    same = {place for place in before.keys() & after.keys() if before[place][0] is after[place][0]}
+    same = {place for place in same if before[place][1] == after[place][1]}
+    return sorted((before.keys() | after.keys()) - same, key=str)

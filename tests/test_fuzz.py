@@ -3,7 +3,9 @@
 ``SHADOWPEFT_FUZZ=20000 python -m pytest tests/test_fuzz.py`` tries that many cases in all; the suite a few hundred.
 """
 
+import contextlib
 import copy
+import io
 import json
 import os
 import struct
@@ -12,17 +14,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from models import randomise, tiny_base, tiny_config
 from shadowpeft import ShadowConfig, get_shadow_model
+from shadowpeft.commands.describing import info
 from shadowpeft.errors import AdapterError, CheckpointError, DataError, ShadowPeftError
+from shadowpeft.model import checkpoint, load
 from shadowpeft.model.checkpoint import load_adapter
 from shadowpeft.model.tensors import CONFIG_FILE, WEIGHTS_FILE
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.data import load_rows
 from shadowpeft.train.tasks import TASKS
 
-NUM_TARGETS = 6
+NUM_TARGETS = 8
 CASES = int(os.environ.get("SHADOWPEFT_FUZZ", "360")) // NUM_TARGETS
 fuzz = settings(max_examples=CASES, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 SCALARS = st.none() | st.booleans() | st.integers(-(2**65), 2**65) | st.floats() | st.text(max_size=12)
@@ -115,6 +120,29 @@ def test_a_config_file_with_anything_in_it(place, tmp_path):
     def attempt(described):
         (tmp_path / CONFIG_FILE).write_text(json.dumps(described))
         refused_or_whole(base, tmp_path)
+
+    attempt()
+
+
+@pytest.mark.parametrize("is_given", [True, False])
+def test_an_adapter_of_commands_with_anything_in_its_config(place, tmp_path, monkeypatch, is_given):
+    """Loaded on the base it names or on a given one, and described; a base that is asked for by any name is there."""
+    base, _, good, weights = place
+    (tmp_path / WEIGHTS_FILE).write_bytes(weights)
+    for module in (load, checkpoint):
+        monkeypatch.setattr(module, "load_model", lambda name, *, labels=None, **options: base)
+    monkeypatch.setattr(load, "find_tokenizer", lambda *places: None)
+
+    @fuzz
+    @given(changed(good) | changed(good["base"]).map(lambda described: {**good, "base": described}))
+    def attempt(described):
+        (tmp_path / CONFIG_FILE).write_text(json.dumps(described))
+        for read in (
+            lambda: load.load_attached(str(tmp_path), base="given" if is_given else None)[0].unload(),
+            lambda: info(str(tmp_path), Console(file=io.StringIO())),
+        ):
+            with contextlib.suppress(ShadowPeftError):
+                read()
 
     attempt()
 

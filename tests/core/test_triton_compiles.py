@@ -1,9 +1,15 @@
 """The kernels compile for an NVIDIA GPU, here without one; the interpreter accepts more than the compiler does."""
 
+import contextlib
 import os
+import types
 from importlib.util import find_spec
 
 import pytest
+import torch
+from torch import nn
+
+from models import tiny_config
 
 if find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -16,7 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from shadowpeft.core.kernels import triton_step
+from shadowpeft.core.kernels import StepSpec, triton_step
+from shadowpeft.core.network import ShadowNetwork
 
 # (compute capability, bytes of shared memory that one program can have): RTX 4090 and the like, A100, H100.
 ADA, AMPERE, HOPPER = (89, 99 * 1024), (80, 163 * 1024), (90, 227 * 1024)
@@ -80,3 +87,34 @@ def _compile(kernel, switches, dtype, gpu):
     source = ASTSource(kernel, signature, constants, {(index,): [["tt.divisibility", 16]] for index in aligned})
     made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": tiles.warps})
     assert 0 < made.metadata.shared <= shared_memory
+
+
+def test_kernels_are_launched_on_the_device_of_the_tensors(monkeypatch):
+    """Two GPUs are not needed: what is asked is which device is current while a kernel is launched, forward and backward."""
+    current, launched = ["cuda:0"], []
+
+    @contextlib.contextmanager
+    def device(wanted):
+        current.append(wanted)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *_, **__: launched.append(current[-1])
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for name in ("_forward", "_backward_tokens", "_backward_weights"):
+        monkeypatch.setattr(triton_step, name, Kernel())
+    there = types.SimpleNamespace(is_cuda=True, device="cuda:1")
+    with triton_step._device_of(there):
+        assert current[-1] == "cuda:1"
+    monkeypatch.setattr(triton_step, "_device_of", lambda tensor, real=triton_step._device_of: real(there))
+    config = tiny_config(adapter_dtype="float32", shadow_dropout=0.0)
+    network = ShadowNetwork(config, nn.Identity(), width=8, num_blocks=3, backbone_width=8, embedding_width=8)
+    spec, w = StepSpec.of(config, training=True), network._weights(network.injections[1], network.updates[0])
+    h, s = torch.randn(2, 5, 8)
+    out = triton_step.forward(spec, h, s, w)
+    options = {"bottleneck": out.bottleneck, "rng_state": None, "w": w, "needs_grad_h": True}
+    triton_step.backward(spec, grad_h=h, grad_s=s, h=h, s=s, **options)
+    assert launched == ["cuda:1"] * 3

@@ -1,11 +1,13 @@
 """Everything around the loop: how it is called, what it returns, and what it refuses."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -20,7 +22,7 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from models import tiny_base, tiny_config, tokens
+from models import attributes, changed_attributes, tiny_base, tiny_config, tokens
 from shadowpeft import SpeculativeConfig, collect_statistics, get_shadow_model
 from shadowpeft.errors import ConfigError
 from shadowpeft.generate import SpeculativeFallbackWarning, SpeculativeOutput, api
@@ -183,9 +185,9 @@ def test_the_adapter_can_be_chosen_for_one_call():
 
 
 def test_a_call_leaves_nothing_on_the_model(model):
-    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    before = attributes(model)
     greedy(model, tokens(1, LENGTH), speculative=3)
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert changed_attributes(before, attributes(model)) == []
 
 
 def test_the_detached_shadow_serves_as_an_assistant_model(model):
@@ -217,6 +219,11 @@ def test_settings_out_of_range_are_refused(settings):
         ({"use_cache": False}, "use_cache=False"),
         ({"prompt_lookup_num_tokens": 2}, "two ways of decoding"),
         ({"generation_config": GenerationConfig(prompt_lookup_num_tokens=2)}, "prompt_lookup_num_tokens= are two ways"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha= are two ways of decoding"),
+        ({"generation_config": GenerationConfig(penalty_alpha=0.6)}, "penalty_alpha= are two ways of decoding"),
+        ({"dola_layers": "high"}, "dola_layers= are two ways of decoding"),
+        ({"use_mtp": True}, "use_mtp= are two ways of decoding"),
+        ({"synced_gpus": True}, "synced_gpus=True keeps processes in step"),
         ({"token_healing": True}, "token_healing=True"),
         ({"generation_config": GenerationConfig(token_healing=True)}, "token_healing=True"),
         ({"adapter": "__base__"}, "uses the base alone"),
@@ -288,3 +295,64 @@ def test_both_passes_compile_as_whole_graphs_over_a_static_cache(without_shape_c
     settings = SpeculativeConfig(num_draft_tokens=1, compile_options={"backend": "eager"})
     for _ in range(2):
         assert torch.equal(greedy(model, ids, speculative=settings, **options), plain)
+
+
+# ---------------------------------------------------------------- a second device
+
+# This machine has none with numbers on it, so what lies there is played by tensors that say so and take no other beside them.
+
+
+class Far(torch.Tensor):
+    """A tensor on another device, as far as one can tell."""
+
+    @staticmethod
+    def __new__(cls, near):
+        return torch.Tensor._make_wrapper_subclass(cls, near.shape, dtype=near.dtype, device="meta")
+
+    def __init__(self, near):
+        self.near = near
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        kwargs, leaves = kwargs or {}, tree_leaves((args, kwargs or {}))
+        if any(isinstance(leaf, torch.Tensor) and not isinstance(leaf, Far) and leaf.dim() for leaf in leaves):
+            raise RuntimeError(f"{function} found tensors on two devices")
+        target = kwargs.pop("device", "far")
+        found = function(*tree_map_only(Far, lambda far: far.near, args), **kwargs)
+        return found if torch.device("cpu") == target else tree_map_only(torch.Tensor, Far, found)
+
+
+def test_the_second_device_is_one_that_does_not_mix():
+    with pytest.raises(RuntimeError, match="two devices"):
+        Far(torch.ones(2)) + torch.ones(2)
+    assert torch.equal((Far(torch.ones(2)) * 2).to("cpu"), torch.full((2,), 2.0))
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True}, {"repetition_penalty": 1.2}, {"prefill_chunk_size": 3}])
+@pytest.mark.parametrize("draft_vocabulary", [None, range(0, 97, 2)])
+def test_a_head_on_another_device_than_the_embeddings_writes_the_same(monkeypatch, options, draft_vocabulary):
+    model, ids = adapted("qwen3", num_hidden_layers=2), tokens(2, LENGTH)
+    settings = SpeculativeConfig(num_draft_tokens=3, draft_vocabulary=draft_vocabulary)
+    drawn = []
+    for is_far in (False, True):
+        if is_far:  # as an AlignDevicesHook has it: the head takes its input there and leaves its output there
+            monkeypatch.setattr(model.base.lm_head, "forward", lambda hidden, run=model.base.lm_head.forward: Far(run(hidden)))
+        for speculative in (None, settings):
+            torch.manual_seed(0)
+            drawn.append(greedy(model, ids, speculative=speculative, **options))
+    assert torch.equal(drawn[2], drawn[0]) and torch.equal(drawn[3], drawn[1])
+
+
+def test_inputs_go_to_where_the_embeddings_are_and_results_to_where_the_inputs_were(model, monkeypatch):
+    monkeypatch.setattr(api, "device_of", lambda module, otherwise: torch.device("meta"))
+    seen, ids = {}, tokens(1, LENGTH)
+
+    @functools.wraps(api.GenerationMixin.generate)
+    def generate(model, **options):
+        seen.update(options)
+        return Far(options["inputs"].new_zeros(1, 2, device="cpu"))
+
+    monkeypatch.setattr(api.GenerationMixin, "generate", generate)
+    out = greedy(model, ids, speculative=2, attention_mask=torch.ones_like(ids), position_ids=torch.arange(LENGTH)[None])
+    assert {seen[name].device.type for name in ("inputs", "attention_mask", "position_ids")} == {"meta"}
+    assert out.device.type == "cpu"

@@ -1,12 +1,13 @@
-"""Phi-3's long rope: past its original context all positions are turned by other factors, so what was cached does not fit."""
+"""Past some length all positions are turned otherwise: by Phi-3's long rope once, by dynamic rope with every pass."""
 
 import asyncio
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from deploy.tiny import byte_tokenizer
-from models import tiny_base, tiny_config, tokens
+from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.deploy.route import calibrate
 from shadowpeft.deploy.serve.batch import most_tokens
@@ -14,6 +15,7 @@ from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.mixed import Path
 from shadowpeft.deploy.serve.service import LocalService, Settings
 from shadowpeft.generate import SpeculativeFallbackWarning
+from shadowpeft.model.architectures import dynamic_rope_border
 from shadowpeft.train.data import load_rows
 from shadowpeft.train.tasks import TASKS
 
@@ -80,3 +82,34 @@ def test_a_router_is_calibrated_on_texts_before_the_border(model, monkeypatch):
     calibrate.answers(model, byte_tokenizer(), TASKS["robot"], rows, Path(adapter=None, uses_base=True))
     [(prompts, max_tokens)] = asked
     assert max(map(len, prompts)) + max_tokens == BORDER
+
+
+def dynamic_model():
+    """A new one: transformers keeps the frequencies of a long text in the model until a short one comes."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = get_shadow_model(tiny_base(max_position_embeddings=BORDER, rope_parameters=rope), tiny_config())
+    randomise(model.network())
+    return model.eval()
+
+
+@pytest.mark.parametrize(("length", "new"), [(4, BORDER - 3), (4, BORDER + 10), (BORDER + 1, 20)])
+def test_drafts_that_could_reach_the_border_of_a_dynamic_rope_are_not_made(length, new):
+    ids = tokens(1, length)
+    plain = dynamic_model().generate(ids, max_new_tokens=new, **GREEDY)
+    with pytest.warns(SpeculativeFallbackWarning, match=f"may reach {BORDER} tokens, from where dynamic rope turns"):
+        assert torch.equal(dynamic_model().generate(ids, max_new_tokens=new, speculative=3, **GREEDY), plain)
+
+
+def test_drafts_below_the_border_of_a_dynamic_rope_are():
+    model, ids, new = dynamic_model(), tokens(1, 4), BORDER - 4
+    plain = model.generate(ids, max_new_tokens=new, **GREEDY)
+    model(tokens(1, 3 * BORDER))  # whose frequencies the model keeps
+    assert torch.equal(model.generate(ids, max_new_tokens=new, speculative=3, **GREEDY), plain)  # warnings are errors
+
+
+@pytest.mark.parametrize("kinds", [{"full_attention": {"rope_type": "dynamic"}}, {"rope_type": "dynamic"}])
+def test_a_dynamic_rope_is_found_for_all_layers_or_one_type_of_them(kinds):
+    config = LlamaConfig(max_position_embeddings=BORDER)
+    assert dynamic_rope_border(config) is None
+    config.rope_parameters = kinds
+    assert dynamic_rope_border(config) == BORDER

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM
 
-from models import randomise, tiny_base, tiny_config, tokens
+from models import attributes, changed_attributes, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
 from shadowpeft.core import ShadowRun
-from shadowpeft.errors import AdapterError, ConfigError
+from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
 from shadowpeft.model.architectures import blocks_of, decoder_of
 
 
@@ -188,14 +189,23 @@ def test_what_is_done_to_a_detached_model_does_not_reach_the_base(model_type):
 
 def test_no_attribute_of_any_module_changes_during_a_call():
     model, ids = adapted(), tokens()
-
-    def attributes():
-        return {name: sorted(vars(module)) for name, module in model.named_modules()}
-
-    before = attributes()
+    before = attributes(model)
     model(ids, labels=ids).loss.backward()
     model.generate(ids, max_new_tokens=2, do_sample=False)
-    assert attributes() == before
+    assert changed_attributes(before, attributes(model)) == []
+
+
+def test_an_attribute_that_is_overwritten_is_a_changed_one():
+    model = adapted()
+    before = attributes(model)
+    model.active_adapter = "".join(["def", "ault"])  # an equal one
+    model.base.config_too = 1
+    model.network()._buffers["kept"] = torch.ones(1)
+    with torch.no_grad():
+        model.base.lm_head.weight.mul_(1)
+    found = {(place, name) for place, name, _ in changed_attributes(before, attributes(model))}
+    network = ("networks.default", "_buffers")
+    assert found == {("", "active_adapter"), ("base", "config_too"), network, ("base.lm_head", "_parameters")}
 
 
 def test_adapters_are_added_chosen_deleted_and_refused_by_name():
@@ -243,6 +253,56 @@ def test_a_second_wrapper_on_one_base_is_refused_until_the_first_is_unloaded():
     with pytest.raises(AdapterError, match="already carries a shadow"):
         get_shadow_model(base, tiny_config())
     assert get_shadow_model(model.unload(), tiny_config())(tokens()).logits.shape == (2, 9, 97)
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_base_whose_shadow_model_is_gone_can_be_adapted_again(copied):
+    model, ids = adapted(), tokens()
+    model = copied(model)
+    expected, base, shallow = model(ids).logits, model.base, copy.copy(model)
+    del model
+    gc.collect()
+    assert torch.equal(shallow(ids).logits, expected)  # whose hooks they are too
+    del shallow
+    gc.collect()
+    assert torch.equal(base(ids).logits, tiny_base()(ids).logits)
+    again = get_shadow_model(base, tiny_config())
+    randomise(again.network())
+    assert not torch.equal(again(ids).logits, base(ids).logits)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "opt"])
+@pytest.mark.parametrize("num_tokens", [101, 90])
+@pytest.mark.parametrize("through", ["model", "base"])
+def test_a_resized_vocabulary_reaches_logits_detached_models_and_files(tmp_path, model_type, num_tokens, through):
+    model, ids = adapted(model_type), tokens() % 90
+    owner = model if through == "model" else model.base
+    table = owner.resize_token_embeddings(num_tokens, mean_resizing=False)
+    assert table is model.base.get_input_embeddings() and not table.weight.requires_grad
+    assert model.config.vocab_size == num_tokens
+    output = model(ids, output_shadow_logits=True)
+    assert output.logits.shape[-1] == num_tokens
+    detached = model.detach()
+    assert detached.config.vocab_size == num_tokens
+    detached.save_pretrained(tmp_path / "detached")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "detached", attn_implementation="sdpa")
+    assert_close(again(ids).logits, output.shadow_logits, rtol=1e-5, atol=1e-6)  # norms and rotary angles are fp32
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = ShadowModel.from_pretrained(tmp_path / "adapter", model.unload())
+    assert torch.equal(loaded(ids).logits, output.logits)
+
+
+def test_a_shadow_with_a_table_of_its_own_keeps_the_vocabulary(tmp_path):
+    tiny_base(num_hidden_layers=2).save_pretrained(tmp_path)
+    model, ids = adapted(shadow_model=str(tmp_path)), tokens()
+    expected, table = model(ids).logits, model.get_input_embeddings()
+    with pytest.raises(AdapterError, match=r"'default' has a token table of its own.*before get_shadow_model"):
+        model.resize_token_embeddings(101)
+    assert model.resize_token_embeddings() is table is model.get_input_embeddings() and model.config.vocab_size == 97
+    assert torch.equal(model(ids).logits, expected)
+    model.base.resize_token_embeddings(101, mean_resizing=False)
+    with pytest.raises(ArchitectureError, match="table has 97 tokens and the base's head 101"):
+        model.detach()
 
 
 def test_a_model_taken_off_its_base_is_not_called_as_if_it_were_on_it():

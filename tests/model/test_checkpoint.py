@@ -200,6 +200,12 @@ def test_a_missing_file_is_named(saved, name):
     [
         (lambda d: d["shadow"].update(shadow_alfa=1), "unknown key 'shadow_alfa'.*did you mean 'shadow_alpha'"),
         (lambda d: d["shadow"].update(r=-1), "r=-1 is not valid"),
+        (lambda d: d.update(base={}), "base lacks architecture, fingerprint, hidden_size"),
+        (lambda d: d["base"].pop("id2label"), "base lacks id2label"),
+        (lambda d: d["base"].update(num_labels=2), r"base\.id2label is not of the kind"),
+        (lambda d: d["base"].update(num_labels=2, id2label={"0": "no", "2": "yes"}), r"base\.id2label is not of the kind"),
+        (lambda d: d["base"].update(num_labels="2"), r"base\.num_labels, base\.id2label is not of the kind"),
+        (lambda d: d["base"].update(num_blocks=True, architecture=None), r"base\.architecture, base\.num_blocks is not"),
         (lambda d: d.update(extra=1), "unknown key 'extra'"),
         (lambda d: d.pop("base"), "lacks base"),
         (lambda d: d.update(format="other"), "not in the shadowpeft format"),

@@ -1,5 +1,7 @@
 """Generation in every way users call it, against decoding without a cache."""
 
+import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -127,6 +129,28 @@ def test_a_cache_that_only_the_base_filled_is_refused():
     cache = model(ids, adapter="__base__", use_cache=True).past_key_values
     with pytest.raises(ConfigError, match="only the base has seen"):
         model(ids[:, :1], past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_cache_that_another_adapter_filled_is_refused_until_it_is_empty(kind):
+    model, ids = adapted(), tokens()
+    model.add_adapter("other", tiny_config())
+    cache = make_cache(kind, model)
+    model(ids, use_cache=True, **{CACHE: cache})
+    model(ids[:, :1], use_cache=True, **{CACHE: copy.deepcopy(cache)})
+    calls = [partial(model, ids[:, :1]), partial(run, model, ids), partial(run, model, ids, speculative=2)]
+    for call in calls:
+        with pytest.raises(ConfigError, match=r"filled under another adapter.*empty cache"):
+            call(use_cache=True, adapter="other", **{CACHE: copy.deepcopy(cache)})
+    read = pickle.loads(pickle.dumps(cache))  # by another process, where its adapter would be loaded anew
+    model(ids[:, :1], use_cache=True, adapter="other", **{CACHE: read})
+    if kind == "static":
+        cache.reset()
+        expected = model(ids, adapter="other").logits
+        assert_close(model(ids, use_cache=True, adapter="other", **{CACHE: cache}).logits, expected)
+        with pytest.raises(ConfigError, match="filled under another adapter"):
+            model(ids[:, :1], use_cache=True, **{CACHE: cache})
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mistral"])

@@ -8,6 +8,7 @@ import torch
 import transformers
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from shadowpeft._version import __version__
 from shadowpeft.core import ShadowConfig
@@ -34,7 +35,7 @@ def info(adapter: str | None, console: Console, *, with_health: bool = False) ->
     else:
         folder = checkpoints.find_folder(adapter)
         for key, value in _description(folder).items():
-            table.add_row(key, value)
+            table.add_row(key, Text(value))  # which has no markup: a file may hold anything
         for key, value in (health(folder) if with_health else {}).items():
             table.add_row(f"health: {key}", value)
     console.print(table)

@@ -1,6 +1,7 @@
 """The module that owns every trained weight of one adapter."""
 
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class ShadowNetwork(nn.Module):
         embedding_projection: ``Linear(embedding_width, d_s)`` in front of a backbone that shares
             embeddings of another width, else None. It folds into the embedding table on detaching.
         head, shadow_head: the two trained classification heads (Eq. 9), else None.
+        identity: tells networks apart; a copy keeps it, as its weights are the same.
     """
 
     # A decoder of transformers, which this folder knows nothing of.
@@ -52,6 +54,7 @@ class ShadowNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.identity = uuid4().hex
         self.num_blocks = num_blocks
         self.width = width
         self.backbone = backbone

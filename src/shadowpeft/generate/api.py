@@ -2,15 +2,18 @@
 
 import copy
 import warnings
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import (
     Cache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    PreTrainedConfig,
     StoppingCriteriaList,
     StopStringCriteria,
     SynthIDTextWatermarkLogitsProcessor,
@@ -25,8 +28,9 @@ from shadowpeft.generate.rollback import why_not_croppable, why_not_draftable
 from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
 from shadowpeft.generate.timeline import is_fixed
-from shadowpeft.model.architectures import decoder_of, rope_border
+from shadowpeft.model.architectures import decoder_of, dynamic_rope_border, rope_border
 from shadowpeft.model.cache import CACHE, shadow_view
+from shadowpeft.model.placement import device_of
 from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
 
@@ -35,8 +39,11 @@ class SpeculativeFallbackWarning(UserWarning):
     """Speculative decoding was asked for but is not possible here; the output is that of plain decoding."""
 
 
-# Arguments of ``generate`` that choose another way of decoding.
-_OTHER_WAYS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit")
+# Arguments of ``generate`` that choose another way of decoding: by being there, and by not being 0 or False.
+_OTHER_WAYS = ("assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "dola_layers")
+_OTHER_WAYS_IF_TRUE = ("penalty_alpha", "use_mtp")
+# What a call reads, by its names in ``generate``.
+_INPUTS = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")
 # Processors that follow the sequence themselves, one token a call; drafts would be tokens to them.
 _STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
@@ -50,17 +57,16 @@ def generate(
         speculative: drafts a round, ``"auto"``, or a :class:`SpeculativeConfig`.
 
     Returns:
-        Sequences, or with ``return_dict_in_generate=True`` a :class:`SpeculativeOutput` with statistics.
+        Sequences, or with ``return_dict_in_generate=True`` a :class:`SpeculativeOutput` with statistics; on the device of the
+        inputs, as there.
 
     Raises:
         ConfigError: a negative number, beam search, another way of decoding, guidance, a watermark that keeps a state,
-            token healing, or a call without a shadow or a cache.
+            token healing, processes in step (``synced_gpus``), or a call without a shadow or a cache.
     """
     settings = as_speculative(speculative)
     kwargs = by_name(model, args, kwargs)
-    for name in _OTHER_WAYS:
-        if setting(model, kwargs, name) is not None:
-            raise ConfigError(f"speculative={speculative!r} and {name}= are two ways of decoding; give one of them")
+    _refuse_other_ways(model, kwargs, speculative)
     if kwargs.get("num_beams", 1) not in (None, 1):
         raise ConfigError(_NO_BEAMS.format(kwargs["num_beams"]))
     if setting(model, kwargs, "token_healing"):
@@ -70,7 +76,35 @@ def generate(
         raise ConfigError("speculative decoding drafts with the shadow, but this call uses the base alone")
     method = partial(speculative_decoding, network=network, speculative=settings, streamer=kwargs.get("streamer"))
     plain: Any = GenerationMixin
-    return plain.generate(model, **_with_stop_strings(model, kwargs) | {"custom_generate": method})
+    given = {name: kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)}
+    # Where the shadow reads them: hooks of a device_map bring inputs there one module at a time, tokens that are kept are not.
+    start = device_of(model.get_input_embeddings(), model.base.device)
+    kwargs |= {name: tensor.to(start) for name, tensor in given.items()}
+    found = plain.generate(model, **_with_stop_strings(model, kwargs) | {"custom_generate": method})
+    return _moved(found, next((tensor.device for tensor in given.values()), start))
+
+
+def _refuse_other_ways(model: ShadowModelForCausalLM, kwargs: dict[str, Any], speculative: object) -> None:
+    there = [name for name in _OTHER_WAYS if setting(model, kwargs, name) is not None]
+    there += [name for name in _OTHER_WAYS_IF_TRUE if setting(model, kwargs, name)]
+    if there:
+        raise ConfigError(f"speculative={speculative!r} and {there[0]}= are two ways of decoding; give one of them")
+    if kwargs.get("synced_gpus"):
+        raise ConfigError(
+            "synced_gpus=True keeps processes in step, one pass a token, but drafts make the passes of each process its own; "
+            "leave out speculative= or synced_gpus="
+        )
+
+
+def _moved(found: SpeculativeOutput | Tensor, device: torch.device) -> SpeculativeOutput | Tensor:
+    """What ``generate`` returns, on ``device``; the cache stays where the model is."""
+    if isinstance(found, Tensor):
+        return found.to(device)
+    found["sequences"] = found.sequences.to(device)
+    for name in ("scores", "logits"):
+        if found.get(name) is not None:
+            found[name] = tuple(tensor.to(device) for tensor in found[name])
+    return found
 
 
 _NO_BEAMS = "speculative decoding follows one sequence a row, but num_beams={}; use num_beams=1 or leave out speculative="
@@ -129,10 +163,12 @@ def speculative_decoding(
             "output_attentions and output_hidden_states are not recorded while speculating; leave out speculative="
         )
     # The shadow's layers have to be there before anything is read: what rolls back looks at all of them.
-    view = shadow_view(cache, base=decoder_of(model.base).config, shadow=network.backbone.config)
+    configs = {"base": decoder_of(model.base).config, "shadow": network.backbone.config}
+    view = shadow_view(cache, **configs, identity=network.identity)
     final_length = _final_length(input_ids, generation_config, model_kwargs)
     reason = why_not_croppable(cache, final_length) or why_not_draftable(view, final_length)
     reason = reason or _why_not_across(rope_border(model.config), input_ids.shape[1], final_length)
+    reason = reason or _why_not_growing((model.config, network.backbone.config), final_length)
     if reason is None and is_fixed(cache) and _uses_flash_attention(model):
         reason = "flash attention knows what is valid in a static cache by the length of the mask; use sdpa or a dynamic cache"
     if reason is not None:
@@ -176,6 +212,20 @@ def _why_not_across(border: int | None, length: int, final_length: int) -> str |
     return (
         f"the text may pass {border} tokens, where this base's positions change; ask for fewer new tokens, or go on from a "
         "longer prompt"
+    )
+
+
+def _why_not_growing(configs: Iterable[PreTrainedConfig], final_length: int) -> str | None:
+    """Why drafts cannot come near where positions change with every pass: a pass over drafts is longer than a plain one.
+
+    At the border itself transformers keeps the frequencies that an earlier, longer text left in the model.
+    """
+    borders = [border for border in map(dynamic_rope_border, configs) if border is not None]
+    if not borders or final_length < min(borders):
+        return None
+    return (
+        f"the text may reach {min(borders)} tokens, from where dynamic rope turns all positions by the length of each pass; "
+        "ask for fewer new tokens"
     )
 
 

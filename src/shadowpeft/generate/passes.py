@@ -24,8 +24,8 @@ class Passes:
     Attributes:
         cache: holds the base's layers, then the shadow's; both passes write to their own.
         options: further keywords of the call, handed to both passes.
-        draft_ids: [V'], the token ids that may be drafted, ascending; None for all.
-        draft_weight: [V', d], the head's rows of these tokens.
+        draft_ids: [V'], the token ids that may be drafted, ascending, where the tokens are; None for all.
+        draft_weight: [V', d], the head's rows of these tokens, where the head is.
     """
 
     model: ShadowModelForCausalLM
@@ -41,16 +41,16 @@ class Passes:
     ) -> tuple[Tensor, Tensor | None]:
         """The shadow over ``tokens`` [B, T] behind what it has seen: s(0) [B, T, d], and if asked for, its last logits.
 
-        Logits are [B, 1, V], or [B, 1, V'] where the draft's vocabulary is cut.
+        Logits are [B, 1, V], or [B, 1, V'] where the draft's vocabulary is cut, on the device of ``tokens``.
         """
         inputs = {"position_ids": position_ids, "attention_mask": attention_mask, "use_cache": True, **self.options}
         states = self.model._initial_state(self.network, tokens, None, self.cache, inputs)
-        return states, (self._draft_logits(states[:, -1:]) if with_head else None)
+        return states, (self._draft_logits(states[:, -1:]).to(tokens.device) if with_head else None)
 
     def _draft_logits(self, states: Tensor) -> Tensor:
         if self.draft_weight is None:
             return self.model.lm_logits(states)
-        logits = F.linear(states, self.draft_weight, self.draft_bias)
+        logits = F.linear(states.to(self.draft_weight.device), self.draft_weight, self.draft_bias)
         return architecture_of(self.model.config).finish_logits(self.model.config, logits)
 
     def verify(
@@ -58,7 +58,8 @@ class Passes:
     ) -> Tensor:
         """Logits [B, num_logits, V] of the attached model at the last of ``tokens`` [B, T].
 
-        It is given their s(0) [B, T, d]: the shadow does not run.
+        It is given their s(0) [B, T, d]: the shadow does not run. The logits go to the device of ``tokens``, where they become
+        tokens: with a ``device_map`` the head may lie elsewhere.
         """
         output = decoder_of(self.model.base)(
             input_ids=tokens,
@@ -68,7 +69,7 @@ class Passes:
             **{CACHE: self.cache, RUN_KEYWORD: ShadowRun(self.network, states)},
             **self.options,
         )
-        return self.model.lm_logits(output.last_hidden_state[:, -num_logits:])
+        return self.model.lm_logits(output.last_hidden_state[:, -num_logits:]).to(tokens.device)
 
 
 def make_passes(
@@ -78,8 +79,12 @@ def make_passes(
     *,
     options: dict[str, Any],
     draft_vocabulary: Sequence[int] | None,
+    device: torch.device,
 ) -> Passes:
     """Passes of one call. Rows of the head are copied for this call only, so they are always those of the head.
+
+    Args:
+        device: where the tokens of the call are.
 
     Raises:
         ConfigError: the shadow reads another vocabulary than the head writes, or ``draft_vocabulary`` leaves it.
@@ -105,7 +110,7 @@ def make_passes(
         network=network,
         cache=cache,
         options=options,
-        draft_ids=ids,
+        draft_ids=ids.to(device),
         draft_weight=head.weight[ids],
         draft_bias=None if head.bias is None else head.bias[ids],
     )

@@ -56,7 +56,9 @@ def decode(
     cache: Cache = model_kwargs[CACHE]
     written = Written(input_ids, stopping_criteria, generation_config, streamer)
     options = {name: value for name, value in model_kwargs.items() if name not in _OWN and not name.startswith("output_")}
-    passes = make_passes(model, network, cache, options=options, draft_vocabulary=speculative.draft_vocabulary)
+    passes = make_passes(
+        model, network, cache, options=options, draft_vocabulary=speculative.draft_vocabulary, device=input_ids.device
+    )
     scoring = Scoring(
         do_sample=bool(generation_config.do_sample),
         processors=logits_processor,
@@ -69,7 +71,7 @@ def decode(
         timeline, before = Timeline.at_prompt(input_ids, cache, model_kwargs)
     else:
         generating: Any = model
-        logits = generating._prefill(input_ids, generation_config, model_kwargs).logits[:, -1:]
+        logits = generating._prefill(input_ids, generation_config, model_kwargs).logits[:, -1:].to(input_ids.device)
         # The first token is plain; only its prefix is the prompt itself.
         process: Any = logits_processor
         scores = process(input_ids, logits[:, -1].to(torch.float32, copy=True))

@@ -41,8 +41,8 @@ class AdaptedModel(PreTrainedModel):
         self.active_adapter = adapter_name
         if config is not None:
             self._register(adapter_name, build_network(base, config))
-        self._handles = attach(base)
-        self._is_on_base = True  # beside the handles, which torch.compile cannot look at
+        self._hooks = attach(base)
+        self._is_on_base = True  # beside the hooks, which torch.compile cannot look at
         base.requires_grad_(False)  # behind all that may refuse it, which leaves it as it was
         self.post_init()
         if self.can_generate():
@@ -140,8 +140,7 @@ class AdaptedModel(PreTrainedModel):
 
     def unload(self) -> PreTrainedModel:
         """Takes the hooks off and returns the base, bit for bit what it was. This model cannot be called afterwards."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.remove()
         self._is_on_base = False
         return self.base
 
@@ -165,6 +164,26 @@ class AdaptedModel(PreTrainedModel):
 
     def get_output_embeddings(self) -> nn.Module | None:
         return self.base.get_output_embeddings()
+
+    def resize_token_embeddings(  # type: ignore[override]
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """As in transformers, for the base; the shadows, which read the base's table, follow. Returns the base's table.
+
+        Raises:
+            AdapterError: an adapter has a table of its own; nothing is changed then.
+        """
+        is_change = new_num_tokens is not None or pad_to_multiple_of is not None
+        own = [name for name in self.networks if not self.network(name).config.shares_embeddings]
+        if is_change and own:
+            raise AdapterError(
+                f"adapter {own[0]!r} has a token table of its own, which would not follow the base's; resize the base, and the "
+                "model that the shadow comes from, before get_shadow_model"
+            )
+        table = self.base.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        for name in self.networks:
+            self.network(name).backbone.config.vocab_size = self.base.config.vocab_size
+        return table
 
     def get_base_model(self) -> PreTrainedModel:
         return self.base

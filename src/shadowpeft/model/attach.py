@@ -28,11 +28,25 @@ class StepHook:
         return args, {**rest, "hidden_states": run.step(self.block_index, rest["hidden_states"])}
 
 
+class Hooks:
+    """All hooks on one base. They go with the last model that holds them, whom nobody could ask to ``unload()`` afterwards."""
+
+    def __init__(self, handles: list[RemovableHandle]) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def __del__(self) -> None:
+        self.remove()
+
+
 def is_attached(base: PreTrainedModel) -> bool:
     return any(isinstance(hook, StepHook) for hook in blocks_of(decoder_of(base))[0]._forward_pre_hooks.values())
 
 
-def attach(base: PreTrainedModel) -> list[RemovableHandle]:
+def attach(base: PreTrainedModel) -> Hooks:
     """Hooks every block of ``base``; its weights and ``state_dict`` keys stay as they are.
 
     Raises:
@@ -43,7 +57,7 @@ def attach(base: PreTrainedModel) -> list[RemovableHandle]:
             "this base already carries a shadow model; give that model another adapter with add_adapter(name, config), "
             "or free the base first with unload()"
         )
-    return [
+    return Hooks([
         block.register_forward_pre_hook(StepHook(index), with_kwargs=True)
         for index, block in enumerate(blocks_of(decoder_of(base)))
-    ]
+    ])

@@ -4,7 +4,9 @@ Crop, reorder, reset, repeat, select and offload then act on both paths, and ``g
 """
 
 from dataclasses import fields
+from typing import Any
 
+import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -17,6 +19,20 @@ _ONE_SIDED = (
     "this cache holds tokens that only the base has seen; the shadow needs them too: start with an empty cache, or with one "
     "of whose calls none went to the base alone"
 )
+_FILLER = "shadow_filler"
+
+
+class Filler:
+    """Which network filled a cache. A copy of it knows that too; one out of a file does not, as its network is a new one."""
+
+    def __init__(self, identity: str | None = None) -> None:
+        self.identity = identity
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Filler":
+        return self
+
+    def __reduce__(self) -> tuple[type["Filler"], tuple[()]]:
+        return Filler, ()
 
 
 def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
@@ -30,17 +46,18 @@ def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | Non
     return cache if past_key_values is None else past_key_values
 
 
-def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfig) -> Cache:
+def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfig, identity: str) -> Cache:
     """A view of the shadow's layers of ``cache``, which are appended on first use.
 
     Args:
         cache: the cache of the call, made by anyone; changed in place.
         base: config of the base, whose layers come first.
         shadow: config of the shadow backbone.
+        identity: of the shadow's network.
 
     Raises:
         ConfigError: the cache has neither the base's number of layers nor that of both paths, or only the base has seen
-            some of its tokens.
+            some of its tokens, or another network has.
     """
     num_base, num_shadow = base.num_hidden_layers, shadow.num_hidden_layers
     if len(cache.layers) < num_base and cache.layer_class_to_replicate is not None:
@@ -59,7 +76,27 @@ def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfi
     # ahead, of what it drafts.
     if _static_length(cache) is None and cache.get_seq_length() > cache.get_seq_length(num_base):
         raise ConfigError(_ONE_SIDED)
-    return _view(cache, num_base)
+    view = _view(cache, num_base)
+    if not torch.compiler.is_compiling():  # where a note on the cache would be one more thing that a graph depends on
+        _note(cache, view, identity)
+    return view
+
+
+def _note(cache: Cache, view: Cache, identity: str) -> None:
+    """Notes on ``cache`` that a network fills it.
+
+    Raises:
+        ConfigError: another one has, of which the shadow's layers still hold tokens.
+    """
+    known = getattr(cache, _FILLER, Filler()).identity
+    if known == identity:
+        return
+    if known is not None and int(view.get_seq_length()) > 0:
+        raise ConfigError(
+            "this cache was filled under another adapter, whose shadow left its keys there: it was made for another model or "
+            "adapter; start with an empty cache, or go on with the adapter that filled it"
+        )
+    setattr(cache, _FILLER, Filler(identity))
 
 
 def _new_layers(cache: Cache, shadow: PreTrainedConfig) -> list:

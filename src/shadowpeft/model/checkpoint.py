@@ -63,6 +63,13 @@ def _shape_of(base: PreTrainedModel) -> dict[str, Any]:
     }
 
 
+def _describe_backbone(base: PreTrainedModel, network: ShadowNetwork) -> dict[str, Any]:
+    """Its config, whose vocabulary is the base's where it reads the base's table, which may have been resized."""
+    described = network.backbone.config.to_dict()
+    config: Any = base.config
+    return described | ({"vocab_size": config.vocab_size} if network.config.shares_embeddings else {})
+
+
 # What the constructors of models raise for values that fit no model.
 _BUILD_ERRORS = (ValueError, TypeError, LookupError, AttributeError, RuntimeError, ArithmeticError, AssertionError, MemoryError)
 
@@ -111,7 +118,7 @@ def save_adapter(
         "library_version": __version__,
         "shadow": network.config.to_dict(),
         "base": describe_base(base) if base_description is None else base_description,
-        "backbone": network.backbone.config.to_dict(),
+        "backbone": _describe_backbone(base, network),
         DIGEST: digest,
     }
     if left_out:
@@ -255,6 +262,9 @@ def _check_layout(described: dict[str, Any], path: Path) -> None:
         if not isinstance(described[part], dict):
             raise CheckpointError(f"{path}: {part!r} must be an object, not {type(described[part]).__name__}")
     check_keys(described["base"], _BASE_KEYS, what=f"{path}: base")
+    missing = sorted(_BASE_KEYS - described["base"].keys())
+    if missing:
+        raise CheckpointError(f"{path}: base lacks {', '.join(missing)}; save the adapter again or fetch it anew")
     _check_values(described, path)
     if not isinstance(described["backbone"].get("model_type"), str):
         raise CheckpointError(f"{path}: backbone lacks its model_type")
@@ -267,13 +277,15 @@ def _check_layout(described: dict[str, Any], path: Path) -> None:
 def _check_values(described: dict[str, Any], path: Path) -> None:
     """What is read without going through a config class."""
     base, left_out = described["base"], described.get(SHARED_KEY, {"tensors": [], "sha256": ""})
-    values = list((base.get("fingerprint") or {}).values()) if _is_mapping(base.get("fingerprint")) else [None]
+    values = list((base["fingerprint"] or {}).values()) if _is_mapping(base["fingerprint"]) else [None]
     is_valid = {
         DIGEST: isinstance(described[DIGEST], str),
-        "base.name_or_path": isinstance(base.get("name_or_path"), str | None),
-        "base.revision": isinstance(base.get("revision"), str | None),
+        **{f"base.{name}": isinstance(base[name], str | None) for name in ("name_or_path", "revision")},
+        **{f"base.{name}": isinstance(base[name], str) for name in ("architecture", "model_type")},
+        **{f"base.{name}": type(base[name]) is int for name in ("num_blocks", "hidden_size", "vocab_size")},
         "base.fingerprint": all(_is_numbers(value) for value in values),
-        "base.id2label": _is_mapping(base.get("id2label")),
+        "base.num_labels": type(base["num_labels"]) in (int, type(None)),
+        "base.id2label": _is_labels(base["id2label"], base["num_labels"]),
         SHARED_KEY: isinstance(left_out["tensors"], list) and all(isinstance(name, str) for name in left_out["tensors"]),
     }
     wrong = [name for name, ok in is_valid.items() if not ok]
@@ -283,6 +295,14 @@ def _check_values(described: dict[str, Any], path: Path) -> None:
 
 def _is_mapping(value: Any) -> bool:
     return value is None or isinstance(value, dict)
+
+
+def _is_labels(names: Any, count: Any) -> bool:
+    """Whether there is a name for each of a classifier's labels; what a language model has beside its None is not read."""
+    if count is None:
+        return _is_mapping(names)
+    are_all = isinstance(names, dict) and isinstance(count, int) and len(names) == count
+    return are_all and all(isinstance(names.get(str(index)), str) for index in range(len(names)))
 
 
 def _is_numbers(value: Any) -> bool:

@@ -18,9 +18,11 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
     """A plain model of the backbone's class; see :meth:`ShadowModel.detach`.
 
     Raises:
-        ArchitectureError: the base's head does to its logits what the backbone's class cannot do.
+        ArchitectureError: the base's head does to its logits what the backbone's class cannot do, or writes other tokens than
+            the shadow's own table has.
     """
     config = copy.deepcopy(network.backbone.config)
+    config.vocab_size = _num_tokens(base, network)
     config.tie_word_embeddings = False
     scale = 1.0 if is_classifier(base) else _settle_finish(base.config, config)
     if config.pad_token_id is None:
@@ -51,6 +53,19 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
         detached.set_output_embeddings(_own_module(head, weights))
         detached.generation_config = copy.deepcopy(base.generation_config)
     return detached.eval()
+
+
+def _num_tokens(base: PreTrainedModel, network: ShadowNetwork) -> int:
+    """Of the table that the detached model reads; the base may have been resized since its adapter was made."""
+    owner: Any = base if network.config.shares_embeddings else network.backbone
+    num_read = owner.get_input_embeddings().weight.shape[0]
+    num_written = num_read if is_classifier(base) else head_of(base).weight.shape[0]
+    if num_read != num_written:
+        raise ArchitectureError(
+            f"the shadow's table has {num_read} tokens and the base's head {num_written}, as after resizing the base, so this "
+            "shadow cannot become an ordinary model; resize both before get_shadow_model"
+        )
+    return num_read
 
 
 def _empty(base: PreTrainedModel, config: PreTrainedConfig) -> Any:

@@ -268,7 +268,8 @@ class ShadowModel(AdaptedModel):
                 "input_ids, or make the adapter with share_embeddings=True"
             )
         if past_key_values is not None:
-            view = shadow_view(past_key_values, base=decoder_of(self.base).config, shadow=backbone.config)
+            configs = {"base": decoder_of(self.base).config, "shadow": backbone.config}
+            view = shadow_view(past_key_values, **configs, identity=network.identity)
             kwargs = kwargs | {CACHE: view}
         if inputs_embeds is None and network.config.shares_embeddings:
             inputs_embeds = self.get_input_embeddings()(input_ids)

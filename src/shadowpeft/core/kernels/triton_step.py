@@ -7,6 +7,7 @@ the gradients of the weights are summed in registers in a fixed order. Arithmeti
 states use TF32, whose mantissa is longer than theirs.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -434,10 +435,11 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     bottleneck = torch.empty(num_tokens, w.W_down.shape[1], dtype=torch.float32, device=h.device)
     scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=h.device) if spec.scales_state else None
     tiles = _tiles(FORWARD, w, h)
-    _forward[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
-        h, s, h_out, h_out if s_out is None else s_out, bottleneck, bottleneck if scale is None else scale,
-        *_pointers(w, h), *_numbers(spec, h, s, w, seed), **_switches(spec, h, w), **_launch(tiles),
-    )  # fmt: skip
+    with _device_of(h):
+        _forward[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
+            h, s, h_out, h_out if s_out is None else s_out, bottleneck, bottleneck if scale is None else scale,
+            *_pointers(w, h), *_numbers(spec, h, s, w, seed), **_switches(spec, h, w), **_launch(tiles),
+        )  # fmt: skip
     return StepOutput(h_out, s_out, bottleneck, seed, scale)
 
 
@@ -471,11 +473,12 @@ def backward(
     has_grad_s = grad_s is not None
     upstream = (grad_h, grad_s if grad_s is not None else grad_h)
     tiles = _tiles(BACKWARD_TOKENS, w, h)
-    _backward_tokens[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
-        h, s, *upstream, grad_s_in if grad_h_in is None else grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T,
-        grad_G, mean, rstd, scale, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
-        HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches, **_launch(tiles),
-    )  # fmt: skip
+    with _device_of(h):
+        _backward_tokens[(triton.cdiv(num_tokens, tiles.tokens),)](  # type: ignore[index]
+            h, s, *upstream, grad_s_in if grad_h_in is None else grad_h_in, grad_s_in, grad_z, kept_T, kept_G, grad_T,
+            grad_G, mean, rstd, scale, *_pointers(w, h), *_numbers(spec, h, s, w, rng_state),
+            HAS_GRAD_S=has_grad_s, NEEDS_H=needs_grad_h, **switches, **_launch(tiles),
+        )  # fmt: skip
     tiles = _tiles(BACKWARD_WEIGHTS, w, h)
     splits = max(min(_MOST_SPLITS, triton.cdiv(num_tokens, 8 * tiles.tokens)), 1)
     rows_a_split = triton.cdiv(triton.cdiv(num_tokens, splits), tiles.tokens) * tiles.tokens
@@ -486,12 +489,13 @@ def backward(
     p = dict(zip(StepWeights._fields, _pointers(w, h), strict=True))
     for unused in ("GELU", "DROPS_INJECT", "DROPS_TRANSFORM"):
         del switches[unused]
-    _backward_weights[(triton.cdiv(width, tiles.columns), splits)](  # type: ignore[index]
-        h, s, *upstream, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, mean, rstd, scale,
-        p["W_down"], p["W_T1"], p["W_T2"], p["W_G1"], p["W_G2"], p["b_T2"], p["b_G2"], p["norm_weight"],
-        p["norm_bias"], p["diagonal"], tall, flat, vectors, num_tokens, width, rank, hidden, h.stride(0), s.stride(0),
-        spec.alpha, rows_a_split, HAS_GRAD_S=has_grad_s, **switches, **_launch(tiles),
-    )  # fmt: skip
+    with _device_of(h):
+        _backward_weights[(triton.cdiv(width, tiles.columns), splits)](  # type: ignore[index]
+            h, s, *upstream, bottleneck, grad_z, kept_T, kept_G, grad_T, grad_G, mean, rstd, scale,
+            p["W_down"], p["W_T1"], p["W_T2"], p["W_G1"], p["W_G2"], p["b_T2"], p["b_G2"], p["norm_weight"],
+            p["norm_bias"], p["diagonal"], tall, flat, vectors, num_tokens, width, rank, hidden, h.stride(0), s.stride(0),
+            spec.alpha, rows_a_split, HAS_GRAD_S=has_grad_s, **switches, **_launch(tiles),
+        )  # fmt: skip
     found = _gradients(given, tall.sum(0), flat.sum(0), vectors.sum(0), grad_T, grad_G)
     return StepGradients(grad_h_in, grad_s_in, found)
 
@@ -526,6 +530,11 @@ def _shared_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return _HOPPER_SHARED_MEMORY
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which with a ``device_map`` need not be the one the tensors are on."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _launch(tiles: Tiles) -> dict[str, int]:
