@@ -2,10 +2,10 @@
 
 import importlib.util
 import json
-import tomllib
 from pathlib import Path
 
 import pytest
+import tomllib
 
 ROOT = Path(__file__).parent.parent
 spec = importlib.util.spec_from_file_location("compatibility", ROOT / "scripts" / "compatibility.py")
