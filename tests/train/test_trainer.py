@@ -109,6 +109,8 @@ def test_label_smoothing_reaches_both_heads_of_a_classifier(tmp_path):
     assert model.network().shadow_head.weight.grad.abs().sum() > 0
     alone = model(ids, adapter="__base__", labels=labels, label_smoothing=0.1)
     assert_close(alone.loss, cross_entropy(alone.logits, labels, label_smoothing=0.1))
+    loss, logits = model(ids, adapter="__base__", labels=labels, label_smoothing=0.1, return_dict=False)[:2]
+    assert torch.equal(loss, alone.loss) and torch.equal(logits, alone.logits)
 
 
 def test_label_smoothing_over_anything_but_one_class_a_row_is_refused():

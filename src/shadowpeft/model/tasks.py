@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -131,7 +132,11 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         if network is None:
             refuse_without_shadow(output_shadow_logits, output_logits)
             inputs |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep, CACHE: past_key_values}
-            return self._base_alone(inputs, labels, num_items_in_batch, label_smoothing, return_dict)
+            if labels is not None and label_smoothing:
+                loss = partial(causal_lm_loss, labels=labels, num_items=num_items_in_batch, label_smoothing=label_smoothing)
+                return _base_with_loss(self.base, inputs, loss, return_dict)
+            options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return self.base(return_dict=return_dict, **inputs, **options)
         if output_logits is None:
             output_logits = labels is None or not self.training
         last_block = None
@@ -161,23 +166,6 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             distillation_loss=None if losses is None else losses.distillation,
             shadow_logits=self.lm_logits(initial[:, kept]) if output_shadow_logits else None,
         )
-        return result.to_tuple() if return_dict is False else result
-
-    def _base_alone(
-        self,
-        inputs: dict[str, Any],
-        labels: Tensor | None,
-        num_items: Tensor | int | None,
-        label_smoothing: float,
-        return_dict: bool | None,
-    ) -> Any:
-        """The untouched base's output, whose own loss knows no smoothing."""
-        if labels is None or not label_smoothing:
-            options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items}
-            return self.base(return_dict=return_dict, **inputs, **options)
-        output = self.base(return_dict=True, **inputs)
-        loss = causal_lm_loss(output.logits, labels, num_items, label_smoothing=label_smoothing)
-        result = type(output)(**{**output, "loss": loss})
         return result.to_tuple() if return_dict is False else result
 
     def generate(self, *args: Any, speculative: Any = None, **kwargs: Any) -> Any:
@@ -288,7 +276,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
         Arguments as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` are [B] or [B, C], read as the base's
         ``config.problem_type`` says.
         """
-        label_smoothing = kwargs.pop("label_smoothing", 0.0)  # not in the signature, as there
+        smoothing = kwargs.pop("label_smoothing", 0.0)  # not in the signature, as there
+        options: Any = {"problem_type": self.config.problem_type, "label_smoothing": smoothing}
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -302,7 +291,10 @@ class ShadowModelForSequenceClassification(ShadowModel):
         if network is None:
             refuse_without_shadow(output_shadow_logits)
             inputs |= {CACHE: past_key_values, "use_cache": use_cache}
-            return self._base_alone(inputs, labels, num_items_in_batch, label_smoothing, return_dict)
+            if labels is None or not smoothing:
+                return self.base(labels=labels, return_dict=return_dict, **inputs)
+            loss = partial(sequence_classification_loss, labels=labels, num_items=num_items_in_batch, **options)
+            return _base_with_loss(self.base, inputs, loss, return_dict)
         given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
         mask = self._padding_mask(given, input_ids, attention_mask)
         if labels is not None and given is not None:
@@ -318,7 +310,6 @@ class ShadowModelForSequenceClassification(ShadowModel):
             shadow_logits = network.shadow_head(pool_last_token(initial, mask).to(network.shadow_head.weight))
         if labels is not None:
             assert shadow_logits is not None
-            options: Any = {"problem_type": self.config.problem_type, "label_smoothing": label_smoothing}
             main = sequence_classification_loss(logits, labels, num_items_in_batch, **options)
             shadow = sequence_classification_loss(shadow_logits, labels, num_items_in_batch, **options)
             loss = combine(main, shadow, network.config.auxiliary_loss_weight)
@@ -333,22 +324,6 @@ class ShadowModelForSequenceClassification(ShadowModel):
             shadow_logits=shadow_logits if output_shadow_logits else None,
         )
         return result.to_tuple() if return_dict is False else result
-
-    def _base_alone(
-        self,
-        inputs: dict[str, Any],
-        labels: Tensor | None,
-        num_items: Tensor | int | None,
-        label_smoothing: float,
-        return_dict: bool | None,
-    ) -> Any:
-        """The untouched base's output, whose own loss knows no smoothing."""
-        if labels is None or not label_smoothing:
-            return self.base(labels=labels, return_dict=return_dict, **inputs)
-        output = self.base(return_dict=True, **inputs)
-        options: Any = {"problem_type": self.config.problem_type, "label_smoothing": label_smoothing}
-        output.loss = sequence_classification_loss(output.logits, labels, num_items, **options)
-        return output.to_tuple() if return_dict is False else output
 
     def _padding_mask(self, given: Tensor | None, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         """[B, T] of what is not padding; without a mask, from the pad token, as transformers' own classifiers do.
@@ -393,6 +368,15 @@ def refuse_without_shadow(output_shadow_logits: bool, output_logits: bool | None
         )
     if output_logits is False:
         raise ConfigError("output_logits=False is not for a call of the base alone, which always has logits; leave it out")
+
+
+def _base_with_loss(
+    base: PreTrainedModel, inputs: dict[str, Any], loss: Callable[[Tensor], Tensor], return_dict: bool | None
+) -> Any:
+    """The untouched base's output with this loss of its logits: its own knows no smoothing."""
+    output = base(return_dict=True, **inputs)
+    result = type(output)(**{**output, "loss": loss(output.logits)})
+    return result.to_tuple() if return_dict is False else result
 
 
 def _plain(loss: Tensor | None) -> Tensor | None:
