@@ -249,7 +249,7 @@ def test_a_failure_that_cannot_be_written_down_ends_the_run_with_the_reason(fini
         ({"main": {"seeds": ["a"]}}, r"the seeds of section 'main' must be a list of whole numbers"),
         ({"latency": {"task": "classes"}}, "latency cannot time 'classes': a classifier writes nothing"),
         ({"latency": {"task": "e2e", "methods": ["full"]}}, "latency cannot time 'full'"),
-        ({"latency": {"task": "e2e", "new_tokens": 1}}, "latency: new_tokens must be a list of whole numbers of at least 2"),
+        ({"latency": {"task": "e2e", "new_tokens": 1}}, "new_tokens=1 is not valid: expected a whole number of at least 2"),
         ({"latency": {"task": "e2e", "batch_sizes": 8}}, "latency: batch_sizes must be a list of whole numbers"),
         ({"train": {"max_step": 2}}, "did you mean 'max_steps'"),
     ],

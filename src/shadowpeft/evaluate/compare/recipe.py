@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from shadowpeft.core.config import IMPLICIT_SIZES, ShadowConfig, check_keys
+from shadowpeft.core.config import IMPLICIT_SIZES, ShadowConfig, check_keys, require
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.config import TrainConfig, as_mapping, read_yaml
 from shadowpeft.train.tasks import TASKS
@@ -271,7 +271,8 @@ def _check_latency(recipe: Recipe, section: dict[str, Any]) -> None:
         if recipe.methods[name].kind not in (*ADAPTERS, "shadow-pretrained"):
             raise ConfigError(f"latency cannot time {name!r}: the base is timed anyway, beside it LoRA, DoRA and shadows")
     for key, least in (("prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("rounds", 1)):
-        _whole_numbers([section[key]] if key in section else [least], f"latency: {key}", at_least=least)
+        value = section.get(key, least)
+        require(type(value) is int and value >= least, f"latency: {key}", value, f"a whole number of at least {least}")
     _whole_numbers(section.get("batch_sizes", [1]), "latency: batch_sizes", at_least=1)
 
 
