@@ -16,7 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from shadowpeft import cli_deploy, commands
 from shadowpeft.cli_options import Adapter, Base, Data, Device, OtherWeights, Out
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.config import PRESETS, preset_fields
+from shadowpeft.core.config import PRESETS, preset_over_others
 from shadowpeft.deploy import commands as deploying
 from shadowpeft.errors import ShadowPeftError
 from shadowpeft.train import pretrain as pretraining
@@ -78,10 +78,18 @@ def run_file(folder: str) -> Path | None:
 
 
 def config_from(flags: dict[str, Any], file: Path | None = None, preset: str | None = None) -> TrainConfig:
-    """The file's values, overridden by the flags that were given."""
+    """The file's values, overridden by the flags that were given, and its formula by a preset that was."""
     given = {name: value for name, value in flags.items() if value is not None}
-    overrides, shadow = split_settings(given if preset is None else {**given, "preset": preset})
-    return TrainConfig.from_dict(merge(read_yaml(file) if file else {}, {**overrides, "shadow": shadow}))
+    values = read_yaml(file) if file else {}
+    if preset is not None:
+        written = values.get("shadow")
+        # Field by field: a run's file has them all, and they would win over the preset's name.
+        if preset in PRESETS and isinstance(written, dict):
+            of = given.get("shadow_model", written.get("shadow_model", "implicit"))
+            given = {**preset_over_others(preset, of), **given}
+        given["preset"] = preset
+    overrides, shadow = split_settings(given)
+    return TrainConfig.from_dict(merge(values, {**overrides, "shadow": shadow}))
 
 
 @app.command()
@@ -94,10 +102,6 @@ def train(
     """Train a shadow, score base / attached / detached, save the adapter."""
     if flags.get("resume"):
         config = config or run_file(flags.get("output") or TrainConfig.output)
-        if preset in PRESETS:  # field by field: a run's file has them all, and they would win over the preset's name
-            kept = (merge(read_yaml(config), {}).get("shadow") if config else None) or {}
-            chosen = preset_fields(preset, flags.get("shadow_model") or kept.get("shadow_model", "implicit"))
-            flags, preset = {**flags, **{k: v for k, v in chosen.items() if flags.get(k) is None}}, None
     commands.train(config_from(flags, config, preset), console)
 
 

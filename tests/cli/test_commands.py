@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from deploy.route.test_router import ROWS
 from deploy.running import free_port
-from shadowpeft import cli
+from shadowpeft import ShadowConfig, cli
+from shadowpeft.cli import config_from
 from shadowpeft.deploy.route.artefact import fit_router, save_router
 from shadowpeft.evaluate.compare.runner import Counts
 from shadowpeft.model import bases
@@ -153,6 +154,23 @@ def test_a_yaml_file_holds_any_setting_and_flags_win(bench, shadowpeft, tmp_path
     assert (config["shadow"]["first_block"], config["shadow"]["shadow_alpha"]) == (0, 0.5)
 
 
+RECOMMENDED_RUN = {"shadow": ShadowConfig.preset("recommended", r=16, shadow_intermediate_size=24).to_dict()}
+
+
+def test_a_preset_flag_sets_its_formula_over_that_of_a_runs_file_which_has_every_field(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(RECOMMENDED_RUN))
+    flags = {"dropout_at": None, "shadow_alpha": 2.0}
+    paper = config_from(flags, file, "paper").shadow
+    assert paper == ShadowConfig(r=16, shadow_intermediate_size=24, shadow_alpha=2.0)  # sizes are the file's, flags win
+    attached = config_from({}, file, "attached").shadow
+    assert attached == ShadowConfig.preset("attached")  # which has sizes of its own
+    assert config_from({}, file).shadow.to_dict() == RECOMMENDED_RUN["shadow"]
+    by_name = tmp_path / "by_name.yaml"
+    by_name.write_text(yaml.safe_dump({"shadow": {"preset": "peft", "shadow_num_attention_heads": 1}}))
+    assert config_from({}, by_name, "recommended").shadow == ShadowConfig.preset("recommended", shadow_num_attention_heads=1)
+
+
 def test_a_classifier_is_trained_scored_and_asked(classifier_folder, shadowpeft, bench):
     report = json.loads((classifier_folder / "report.json").read_text())
     assert report["metric"] == "accuracy"
@@ -200,8 +218,9 @@ def test_ctrl_c_saves_says_how_to_resume_and_the_resumed_run_ends_as_an_uninterr
     assert stopped in (3, 4)
     code, out, err = shadowpeft("train", "--output", tmp_path / "run", "--resume", "--learning-rate", 0.5)
     assert code == 2 and "learning_rate" in err and "not 0.5" in err
-    code, out, err = shadowpeft("train", "--output", tmp_path / "run", "--resume", "--preset", "recommended")
-    assert code == 2 and "was started with" in err
+    for preset in ("recommended", "authors"):  # the run is of `paper`, which sets nothing
+        code, out, err = shadowpeft("train", "--output", tmp_path / "run", "--resume", "--preset", preset)
+        assert code == 2 and "was started with" in err
     code, out, err = shadowpeft("train", "--output", tmp_path / "run", "--resume")  # with its own config.yaml
     assert code == 0, err
     whole, resumed = (load_file(f / "adapter" / "shadow_model.safetensors") for f in (run_folder, tmp_path / "run"))

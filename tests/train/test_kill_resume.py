@@ -74,6 +74,45 @@ def test_resuming_a_finished_run_trains_no_further_step(bench, tmp_path):
     assert (tmp_path / "adapter" / "shadow_model.safetensors").read_bytes() == weights
 
 
+def test_a_run_grouped_by_length_goes_on_within_its_second_epoch_with_the_rows_it_had_not_seen(bench, tmp_path):
+    """Four steps an epoch. transformers' own order is of the global generator, which a new process starts anew."""
+    options = {"group_by_length": True, "limit_train": 16, "max_steps": 8, "save_every": 6}
+    train(settings(bench, tmp_path, **options))
+    weights = (tmp_path / "adapter" / "shadow_model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-8")
+    assert train(settings(bench, tmp_path, resume=True, **options)).steps == 8
+    assert (tmp_path / "adapter" / "shadow_model.safetensors").read_bytes() == weights
+
+
+def test_a_resumed_run_saves_and_logs_as_often_as_it_is_asked_to_now_and_counts_the_time_of_all_its_parts(bench, tmp_path):
+    options = {"max_steps": 8, "save_every": 4, "log_every": 4}
+    train(settings(bench, tmp_path, **options))
+    shutil.rmtree(tmp_path / "checkpoints" / "checkpoint-8")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    before = next(line["seconds"] for line in lines if line["step"] == 4) + 100
+    (tmp_path / "metrics.jsonl").write_text("".join(
+        json.dumps(line | {"seconds": before if line["step"] == 4 else line["seconds"]}) + "\n" for line in lines
+    ))  # fmt: skip
+    resumed = train(settings(bench, tmp_path, resume=True, **options | {"save_every": 1, "log_every": 1}))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"checkpoint-7", "checkpoint-8"}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 4, 5, 6, 7, 8]
+    assert before < resumed.seconds < before + 90
+    times = [line["seconds"] for line in lines if line["step"] >= 4]
+    assert times == sorted(times) and times[0] == before
+
+
+def test_a_run_of_several_processes_does_not_go_on_in_one(bench, tmp_path):
+    """Its steps would have a part of the rows, and the schedule would stretch over as many more of them."""
+    train(settings(bench, tmp_path))
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-4"
+    (checkpoint / "rng_state.pth").rename(checkpoint / "rng_state_0.pth")
+    shutil.copy(checkpoint / "rng_state_0.pth", checkpoint / "rng_state_1.pth")
+    with pytest.raises(ConfigError, match=r"by 2 processes, and this is a run of 1.*launch --num_processes 2"):
+        train(settings(bench, tmp_path, resume=True))
+    assert check_run_folder(tmp_path, settings(bench, tmp_path, resume=True), num_processes=2) == checkpoint
+
+
 def test_leftovers_of_a_save_do_not_make_a_folder_used_and_nothing_is_resumed_where_nothing_ran(tmp_path):
     (tmp_path / ".saving-abc").mkdir()
     assert check_run_folder(tmp_path, TrainConfig()) is None
@@ -89,6 +128,13 @@ def test_a_copied_checkpoint_that_lacks_a_file_is_passed_over(bench, tmp_path):
         assert newest_checkpoint(copies).name == "checkpoint-4"
         (copies / "checkpoint-4" / missing).unlink()
         assert newest_checkpoint(copies).name == "checkpoint-2", missing
+    for name in ("optimizer.pt", "scheduler.pt"):
+        (tmp_path / "checkpoints" / "checkpoint-4" / name).unlink()
+    # DeepSpeed has both in a folder of its own, which the file `latest` names.
+    (tmp_path / "checkpoints" / "checkpoint-4" / "global_step4").mkdir()
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-2"
+    (tmp_path / "checkpoints" / "checkpoint-4" / "latest").write_text("global_step4")
+    assert newest_checkpoint(tmp_path / "checkpoints").name == "checkpoint-4"
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,45 @@ def _check_resume(config, run_file, folder):
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+BEST = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainingArguments
+from shadowpeft import ShadowConfig, get_shadow_model
+from shadowpeft.train import ShadowTrainer
+
+folder = Path(sys.argv[-1])
+base = AutoModelForCausalLM.from_pretrained(folder / "base")
+model = get_shadow_model(base, ShadowConfig(shadow_intermediate_size=24))
+rows = [{"input_ids": ids, "labels": ids} for ids in torch.arange(3, 35).view(4, 8)]
+arguments = TrainingArguments(
+    output_dir=folder / "best", use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False, max_steps=3,
+    eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True,
+    metric_for_best_model="ours", greater_is_better=True, learning_rate=1e-2, ddp_find_unused_parameters=False,
+)
+values = iter([1.0, 3.0, 2.0])
+trainer = ShadowTrainer(
+    model, arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=lambda _: {"ours": next(values)}
+)
+trainer.train()
+best = load_file(folder / "best" / "checkpoint-2" / "shadow_model.safetensors")
+same = all(torch.equal(best[name], weight) for name, weight in model.network().state_dict().items() if name in best)
+told = {"best": trainer.state.best_model_checkpoint, "same": same, "weights": len(best)}
+(folder / f"told-{arguments.process_index}.json").write_text(json.dumps(told))
+"""
+
+
+def test_two_processes_both_end_with_the_best_checkpoint(bench, tmp_path):
+    shutil.copytree(bench / "base", tmp_path / "base")
+    (tmp_path / "best.py").write_text(BEST)
+    launch("ddp.yaml", [str(tmp_path / "best.py")], tmp_path)
+    for rank in (0, 1):
+        told = json.loads((tmp_path / f"told-{rank}.json").read_text())
+        assert told["best"] == str(tmp_path / "best" / "checkpoint-2") and told["same"] and told["weights"] > 10
+
+
 def test_one_process_alone_cannot_save_sharded_weights_and_is_told_so(bench, tmp_path):
     from torch import distributed
     from torch.distributed.fsdp import fully_shard

@@ -1,5 +1,7 @@
 """ShadowTrainer and transformers' own Trainer on a shadow model: evaluating, the best checkpoint, several GPUs."""
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +13,7 @@ from transformers.utils.generic import find_labels
 from models import tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
 from shadowpeft.errors import ConfigError
-from shadowpeft.train import ShadowTrainer
+from shadowpeft.train import ShadowTrainer, parameter_groups
 from shadowpeft.train.finite import NotFiniteError
 from shadowpeft.train.saving import SafeTrainer
 
@@ -65,6 +67,78 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path, kind, metric):
     folder = tmp_path / f"checkpoint-{expected}"
     assert best.state.best_model_checkpoint == str(folder)
     assert_close(dict(model.network().state_dict()), load_file(folder / "shadow_model.safetensors"))
+
+
+def test_the_best_checkpoint_is_found_again_where_the_run_was_moved_to(tmp_path):
+    values = iter([3.0, 1.0, 2.0])
+    options = dict(
+        compute_metrics=lambda _: {"ours": next(values)}, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1,
+        save_strategy="steps", save_steps=1, save_total_limit=2, greater_is_better=True, metric_for_best_model="ours",
+    )  # fmt: skip
+    begun = trainer(ShadowTrainer, tmp_path / "there", *made("language model"), max_steps=2, **options)
+    begun.train()
+    (tmp_path / "there").rename(tmp_path / "here")
+    model, rows = made("language model")
+    going_on = trainer(ShadowTrainer, tmp_path / "here", model, rows, max_steps=3, **options)
+    going_on.train(resume_from_checkpoint=str(tmp_path / "here" / "checkpoint-2"))
+    best = tmp_path / "here" / "checkpoint-1"
+    assert going_on.state.best_model_checkpoint == str(best)
+    assert_close(dict(model.network().state_dict()), load_file(best / "shadow_model.safetensors"))
+
+
+def test_a_plain_classifiers_gradients_are_those_of_the_whole_step_however_it_is_cut_into_batches(tmp_path):
+    """transformers sums over batches what is a mean of each already."""
+    found = []
+    for rows_a_batch, batches in ((4, 1), (1, 4)):
+        base = tiny_base(dtype=torch.float32, labels=3)
+        _, rows = made("classifier")
+        trainer(
+            ShadowTrainer, tmp_path, base, rows, per_device_train_batch_size=rows_a_batch, gradient_accumulation_steps=batches,
+            max_steps=1, optim="sgd", max_grad_norm=0.0, lr_scheduler_type="constant",
+        ).train()  # fmt: skip
+        found.append(base.score.weight.detach().clone())
+    assert_close(*found)
+
+
+def test_a_checkpoint_that_an_earlier_run_left_does_not_cost_the_new_ones(tmp_path):
+    stale = tmp_path / "checkpoint-900"
+    stale.mkdir()
+    os.utime(stale, (1, 1))
+    model, rows = made("language model")
+    trainer(ShadowTrainer, tmp_path, model, rows, save_strategy="steps", save_steps=1, save_total_limit=2).train()
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-3"}
+
+
+def test_the_logged_parts_are_means_over_steps_also_where_an_epochs_last_step_has_fewer_batches(tmp_path):
+    """Three batches of one row an epoch, two a step: the second step of an epoch has one batch."""
+    model, rows = made("language model")
+    options = dict(gradient_accumulation_steps=2, per_device_train_batch_size=1, max_steps=4, logging_steps=2)
+    one = trainer(ShadowTrainer, tmp_path, model, rows[:3], **options)
+    one.train()
+    weight = model.network().config.auxiliary_loss_weight
+    logged = [entry for entry in one.state.log_history if "main_loss" in entry]
+    assert len(logged) == 2
+    for entry in logged:
+        assert entry["main_loss"] + weight * entry["shadow_loss"] == pytest.approx(entry["loss"], abs=2e-4)  # four decimals
+
+
+def test_an_optimizer_from_elsewhere_says_that_no_weights_have_a_rate_of_their_own(tmp_path):
+    model, rows = made("language model", shadow_lr_multiplier=0.5)
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+
+    def create(optimizer, **own):
+        return ShadowTrainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None), **own).create_optimizer()
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    mixed = torch.optim.AdamW(trained, lr=1e-2)
+    with pytest.warns(UserWarning, match=r"learn at 0\.5 times its rate.*shadowpeft\.train\.parameter_groups"):
+        assert create(mixed) is mixed
+    with pytest.raises(ConfigError, match=r"learn at 0\.1 times its rate"):
+        create(mixed, shadow_lr_multiplier=0.1)
+    split = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-2))
+    assert create(split) is split  # and nothing is said
+    ours = ShadowTrainer(model, arguments, train_dataset=rows)
+    assert ours.create_optimizer() is ours.create_optimizer()
 
 
 @pytest.mark.parametrize("trainer_class", [SafeTrainer, ShadowTrainer])

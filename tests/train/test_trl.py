@@ -29,6 +29,12 @@ PAIRS = [
 ]
 
 
+def test_a_reference_that_shares_the_models_weights_cannot_follow_it(tmp_path):
+    """TRL would mix each weight of the base with itself, in place."""
+    with pytest.raises(ConfigError, match="sync_ref_model=True moves the reference's weights"):
+        peers.ShadowDPOTrainer(adapted(), args=settings(tmp_path, trl.DPOConfig, sync_ref_model=True))
+
+
 def adapted(*, seed=1, model_type="llama", **config):
     base = tiny_base(model_type, dtype=torch.float32, vocab_size=320, max_position_embeddings=128)
     model = get_shadow_model(base, tiny_config(adapter_dtype="float32", **config))

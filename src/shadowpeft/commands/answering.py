@@ -97,7 +97,6 @@ def _prompt_ids(prompt: str, task: str | None, tokenizer: PreTrainedTokenizerBas
     if task is None:
         return tokenizer(prompt)["input_ids"]
     chosen = task_named(task)
-    row = dict.fromkeys(chosen.fields, prompt)
-    if chosen.kind == "choice":
-        raise ConfigError(f"task {task!r} asks with options, which a prompt does not have; leave --task out")
-    return prompt_ids(chosen, tokenizer, row)
+    if not chosen.asks_one_text:
+        raise ConfigError(f"task {task!r} asks with more than one text; leave --task out and write the whole prompt")
+    return prompt_ids(chosen, tokenizer, dict.fromkeys(chosen.fields, prompt))

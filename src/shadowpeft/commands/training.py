@@ -29,9 +29,11 @@ def train(config: TrainConfig, console: Console) -> dict[str, Any] | None:
     console = console if trained.is_first else Console(quiet=True)
     _tell_encoding(trained, console)
     if trained.interrupted:
+        # Of several processes the launcher and its own settings are the user's.
+        command = "shadowpeft train" if trained.num_processes == 1 else "the same launcher and: train"
         console.print(
             f"stopped at step {trained.steps}; the checkpoint is complete. Go on with: "
-            f"shadowpeft train --config {trained.folder / 'config.yaml'} --resume",
+            f"{command} --config {trained.folder / 'config.yaml'} --resume",
             soft_wrap=True,
         )
         return None

@@ -243,6 +243,14 @@ def preset_fields(name: str, shadow_model: str) -> dict[str, Any]:
     return {field: value for field, value in PRESETS[name].items() if is_implicit or field not in IMPLICIT_SIZES}
 
 
+def preset_over_others(name: str, shadow_model: str) -> dict[str, Any]:
+    """What a preset sets where another may have been: its own fields, and the defaults of what any other sets but sizes."""
+    sizes = {*IMPLICIT_SIZES, "r", "update_hidden_size"}
+    others = {field for preset in PRESETS.values() for field in preset} - sizes
+    defaults = {item.name: item.default for item in fields(ShadowConfig) if item.name in others}
+    return defaults | preset_fields(name, shadow_model)
+
+
 def check_types(config: Any) -> None:
     """Refuses a config dataclass with a field whose value is not of the field's type."""
     hints = get_type_hints(type(config))

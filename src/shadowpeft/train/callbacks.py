@@ -52,17 +52,33 @@ class ProgressLine(TrainerCallback):
         self._progress.stop()
 
 
+class AskedIntervals(TrainerCallback):
+    """A resumed run logs, evaluates and saves as often as it is asked to now. transformers keeps to what it was begun with."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class MetricLines(TrainerCallback):
-    """Appends every log of the trainer to ``metrics.jsonl``."""
+    """Appends every log of the trainer to ``metrics.jsonl``, with the seconds of the run, all of its parts together."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._before, self._started = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between its parts."""
+        return self._before + time.monotonic() - self._started
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """A resumed run takes the lines behind its checkpoint out: those steps are run again."""
+        self._before, self._started = 0.0, time.monotonic()
         if state.is_world_process_zero and self._path.is_file():
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            text = "".join(f"{line}\n" for line in lines if is_kept(line, state.global_step))
+            kept = [line for line in lines if is_kept(line, state.global_step)]
+            self._before = json.loads(kept[-1]).get("seconds", 0.0) if kept else 0.0
+            text = "".join(f"{line}\n" for line in kept)
             write_files(self._path.parent, lambda staging: (staging / self._path.name).write_text(text, "utf-8"))
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
@@ -70,7 +86,8 @@ class MetricLines(TrainerCallback):
             return
         what, way_out = f"could not write to {self._path}", "free some space, then go on with --resume"
         with save_errors(what, way_out), self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **(logs or {})}) + "\n")
+            begun = {"step": state.global_step, "epoch": state.epoch, "seconds": round(self.seconds, 1)}
+            lines.write(json.dumps({**begun, **(logs or {})}) + "\n")
 
 
 def is_kept(line: str, step: int) -> bool:

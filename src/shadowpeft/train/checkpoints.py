@@ -19,15 +19,21 @@ RUN_FILE = "config.yaml"
 # Settings that may differ when a run goes on: where it is, what it says, and what changes no number.
 FREE = {"output", "resume", "log_every", "save_every", "report_to", "eval_batch_size", "limit_eval", "gradient_checkpointing"}
 # A checkpoint is renamed into place when all of it is written. Copies may still be cut off: one without these was.
-# The optimizer's is a folder or another file where it was sharded.
-_COMPLETE = ("optimizer*", "scheduler.pt", "rng_state*.pth", "trainer_state.json")
+# The optimizer's is a folder or another file where it was sharded, and DeepSpeed's own folder has the scheduler's too.
+_COMPLETE = ("rng_state*.pth", "trainer_state.json")
+_OPTIMIZER = (("optimizer*", "scheduler.pt"), ("global_step*", "latest"))
 
 
 def newest_checkpoint(folder: Path, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
     """The newest complete checkpoint below ``folder``; cut-off ones are passed over. ``weights``: the model's files."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    complete = [path for path in found if all(any(path.glob(name)) for name in (*weights, *_COMPLETE)) and _is_json(path)]
+    complete = [path for path in found if _has(path, (*weights, *_COMPLETE)) and _is_json(path)]
+    complete = [path for path in complete if any(_has(path, names) for names in _OPTIMIZER)]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _has(checkpoint: Path, names: tuple[str, ...]) -> bool:
+    return all(any(checkpoint.glob(name)) for name in names)
 
 
 def _is_json(checkpoint: Path) -> bool:
@@ -38,13 +44,16 @@ def _is_json(checkpoint: Path) -> bool:
         return False
 
 
-def check_run_folder(folder: Path, config: RunConfig, *, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
+def check_run_folder(
+    folder: Path, config: RunConfig, *, weights: tuple[str, ...] = ADAPTER_FILES, num_processes: int = 1
+) -> Path | None:
     """Whether a run may write here; returns the checkpoint to resume from, if ``config.resume`` is on. Changes nothing.
 
     None with ``resume`` means from the first step: the run was cut off before its first checkpoint.
 
     Raises:
-        ConfigError: the folder holds something and ``resume`` is off; there is no run to resume; or its settings were others.
+        ConfigError: the folder holds something and ``resume`` is off; there is no run to resume; or its settings, or the
+            number of its processes, were others.
     """
     is_used = any(not path.name.startswith(STAGING_PREFIX) for path in contents(folder))
     if is_used and not config.resume:
@@ -54,7 +63,25 @@ def check_run_folder(folder: Path, config: RunConfig, *, weights: tuple[str, ...
     if not (folder / RUN_FILE).is_file():
         raise ConfigError(f"nothing to resume in {folder}: no run was started there; start without --resume")
     _check_same_run(folder, config)
-    return newest_checkpoint(folder / "checkpoints", weights)
+    checkpoint = newest_checkpoint(folder / "checkpoints", weights)
+    if checkpoint is not None:
+        _check_num_processes(checkpoint, num_processes)
+    return checkpoint
+
+
+def _check_num_processes(checkpoint: Path, num_processes: int) -> None:
+    """As many as the checkpoint has random states: with fewer, a step has fewer rows, and the schedule is stretched.
+
+    Raises:
+        ConfigError: the run had another number of them.
+    """
+    begun = len(list(checkpoint.glob("rng_state*.pth")))
+    if begun != num_processes:
+        raise ConfigError(
+            f"{checkpoint} was written by {begun} process{'es' * (begun > 1)}, and this is a run of {num_processes}, whose "
+            f"steps have other rows; start it as before (accelerate launch --num_processes {begun} ...), or another run in "
+            "another folder"
+        )
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:
@@ -78,7 +105,7 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return settings | settings.pop("shadow") if isinstance(config, TrainConfig) else settings
 
 
-def write_run_file(folder: Path, settings: dict[str, Any]) -> None:
+def write_run_file(folder: Path, config: RunConfig) -> None:
     """Writes the file from which the same run can be started or, with ``--resume``, gone on with."""
-    text = yaml.safe_dump(settings, sort_keys=False)
+    text = yaml.safe_dump({**config.to_dict(), "resume": False}, sort_keys=False)
     write_files(folder, lambda staging: (staging / RUN_FILE).write_text(text, encoding="utf-8"))

@@ -1,7 +1,6 @@
 """Pretraining a shadow: a small model behind the large one's frozen head (Eq. 11), saved so that it attaches."""
 
 import os
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +74,7 @@ def run(config: PretrainConfig, console: Console | None = None) -> Pretrained:
         record |= {"initial_relative_residual": solved.relative_residual, "initial_rank": solved.rank}
         console.print(f"Eq. 12: relative residual {solved.relative_residual:.4f}, rank {solved.rank}")
     remove_leftovers(folder)
-    write_run_file(folder, config.to_dict())
+    write_run_file(folder, config)
     stopped, losses, seconds, steps = _train(config, base, network, tokenizer, small, folder, checkpoint, console)
     record |= {"steps": steps, "seconds": round(seconds, 1), "last_loss": losses[-1] if losses else None}
     if not stopped:
@@ -160,6 +159,7 @@ def _train(
     model.frozen_to(arguments.device)
     rows = config.batch_size * config.gradient_accumulation
     stop, progress = StopOnInterrupt(), ProgressLine(console, tokens_per_step=config.length * rows)
+    metrics = MetricLines(folder / "metrics.jsonl")
     trainer = SafeTrainer(
         model,
         arguments,
@@ -173,15 +173,15 @@ def _train(
             buffer=config.shuffle_buffer,
         ),
         data_collator=default_data_collator,
-        callbacks=[stop, MetricLines(folder / "metrics.jsonl"), progress],
+        callbacks=[stop, metrics, progress],
     )
     trainer.pop_callback(PrinterCallback)
-    started = time.monotonic()
     with closing(stop), closing(progress):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = metrics.seconds
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     network.to(decoder_of(base).device).eval()
-    return stop.stopped, losses, time.monotonic() - started, trainer.state.global_step
+    return stop.stopped, losses, seconds, trainer.state.global_step
 
 
 def training_arguments(config: PretrainConfig, folder: Path) -> TrainingArguments:

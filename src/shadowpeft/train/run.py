@@ -1,7 +1,6 @@
 """The main job: train a shadow, score base, attached and detached under the same prompts, save."""
 
 import dataclasses
-import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from shadowpeft.train.data import (
     load_rows,
 )
 from shadowpeft.train.tasks import TASKS, Task
-from shadowpeft.train.trainer import ShadowTrainer, trains_classes
+from shadowpeft.train.trainer import ShadowTrainer
 
 ADAPTER_FOLDER = "adapter"
 
@@ -152,9 +151,6 @@ def make_trainer(
         callbacks=callbacks,
         head_lr_multiplier=head_lr_multiplier,
     )
-    if trains_classes(model):
-        # transformers takes these losses to be divided by the labels of all accumulated batches, and they are means of one.
-        trainer.model_accepts_loss_kwargs = False
     trainer.pop_callback(PrinterCallback)
     return trainer
 
@@ -171,7 +167,7 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
     arguments = training_arguments(config, folder)
     is_first = arguments.process_index == 0
     console = console if console is not None and is_first else Console(quiet=True)
-    checkpoint = check_run_folder(folder, config)
+    checkpoint = check_run_folder(folder, config, num_processes=arguments.world_size)
     prepared = prepare(config)
     # All have looked at the folder before the first one writes to it.
     arguments.distributed_state.wait_for_everyone()  # type: ignore[union-attr]
@@ -179,22 +175,22 @@ def train(config: TrainConfig, *, console: Console | None = None) -> Trained:
         console.print("there is no complete checkpoint yet: starting from the first step")
     if is_first:
         remove_leftovers(folder)
-        write_run_file(folder, {**config.to_dict(), "resume": False})
+        write_run_file(folder, config)
     tokens_per_row = sum(len(example["input_ids"]) for example in prepared.examples) / len(prepared.examples)
     rows = config.batch_size * config.gradient_accumulation * arguments.world_size
     stop, progress = StopOnInterrupt(), ProgressLine(console, tokens_per_step=tokens_per_row * rows)
+    metrics = MetricLines(folder / "metrics.jsonl")
     trainer = make_trainer(
         prepared.model,
         prepared.tokenizer,
         prepared.examples,
         arguments,
-        callbacks=[stop, MetricLines(folder / "metrics.jsonl"), progress],
+        callbacks=[stop, metrics, progress],
         head_lr_multiplier=config.head_lr_multiplier,
     )
-    started = time.monotonic()
     with closing(stop), closing(progress):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = time.monotonic() - started
+    seconds = metrics.seconds
     if not stop.stopped:
         trainer.save_adapter(folder / ADAPTER_FOLDER)
         if is_first:

@@ -1,6 +1,5 @@
 """Checkpoints that are there whole or not at all, whenever the process dies; and no step on what is no number."""
 
-import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -8,18 +7,42 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.utils.data import Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from shadowpeft.files import STAGING_PREFIX, put_in_place, save_errors, sync_tree
 from shadowpeft.model.checkpoint import CARD_FILE
 from shadowpeft.model.tensors import CONFIG_FILE, WEIGHTS_FILE
+from shadowpeft.train.callbacks import AskedIntervals
 from shadowpeft.train.finite import check_gradients, check_loss
 
 # Beside the checkpoints, so that moving one out of it is a rename.
 STAGING = f"{STAGING_PREFIX}checkpoint"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, CARD_FILE)
+
+
+class SeededByEpoch(Sampler):
+    """Rows of like length in an order that seed and epoch alone decide.
+
+    transformers' own order comes from the global generator: a resumed run would read rows of its epoch twice and others never.
+    accelerate tells the epoch, as it does to the sampler of a random order.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, seed: int) -> None:
+        self._sampler, self._seed, self._epoch = sampler, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self._sampler.generator = Generator().manual_seed(self._seed + self._epoch)
+        return iter(self._sampler)
 
 
 class SafeTrainer(Trainer):
@@ -34,6 +57,7 @@ class SafeTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._use_one_device()
+        self.add_callback(AskedIntervals)
         self._staging: Path | None = None
         self._batch_in_step = 0
 
@@ -66,6 +90,13 @@ class SafeTrainer(Trainer):
             check_gradients(model, step=self.state.global_step + 1, batches=self._batch_in_step)
         self._batch_in_step = 0
 
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Sampler | None:
+        sampler = super()._get_train_sampler(*args, **kwargs)
+        if not isinstance(sampler, LengthGroupedSampler):
+            return sampler
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return SeededByEpoch(sampler, seed)
+
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
@@ -79,14 +110,16 @@ class SafeTrainer(Trainer):
         with save_errors(what, way_out), self._staged(folder / STAGING):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
+            self._point_at_best(folder / STAGING, folder)
             if self.args.should_save:
-                self._point_at_best(folder / STAGING, folder)
+                self.state.save_to_json(str(folder / STAGING / name / "trainer_state.json"))
                 sync_tree(folder / STAGING / name)
                 put_in_place(folder / STAGING / name, folder / name)
                 rotate_checkpoints(
                     output_dir=str(folder),
                     save_total_limit=self.args.save_total_limit,
                     best_model_checkpoint=self.state.best_model_checkpoint,
+                    use_mtime=True,  # by number, one that an earlier run left would count as the newest
                 )
             self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
@@ -125,8 +158,11 @@ class SafeTrainer(Trainer):
                 shutil.rmtree(staging, ignore_errors=True)
 
     def _point_at_best(self, staging: Path, folder: Path) -> None:
-        """The best checkpoint so far is named by the place where it will lie."""
-        best = self.state.best_model_checkpoint
-        if best is not None and Path(best).parent == staging:
-            self.state.best_model_checkpoint = os.path.join(folder, Path(best).name)
-            self.state.save_to_json(str(staging / Path(best).name / "trainer_state.json"))
+        """The best checkpoint so far is named by the place where it lies or will lie, on every process.
+
+        transformers looks into the folder it writes to, where earlier ones are not; and forgets one whose folder was moved.
+        """
+        name = f"checkpoint-{self.state.best_global_step}"
+        # In this order, as the first process moves the newest from one to the other.
+        if self.state.best_global_step and ((staging / name).is_dir() or (folder / name).is_dir()):
+            self.state.best_model_checkpoint = str(folder / name)

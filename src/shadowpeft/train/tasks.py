@@ -77,6 +77,7 @@ class Task:
         prepare: run on all rows of a split before any are sampled.
         built_in: the rows of all splits, for a task whose data comes with the package.
         choices: the options' target texts of a row (kind ``choice``).
+        asks_one_text: whether a text alone makes a prompt; False where a row's prompt takes several fields.
         corpus: a metric over all rows together.
     """
 
@@ -96,6 +97,7 @@ class Task:
     prepare: Callable[[list[Row]], list[Row]] = all_rows
     built_in: Callable[[], dict[str, list[Row]]] | None = None
     choices: Callable[[Row], list[str]] | None = None
+    asks_one_text: bool = True
     corpus: CorpusMetric | None = None
 
     def corpus_score(self, predictions: Sequence[str | None], rows: Sequence[Row]) -> dict[str, float]:
@@ -169,6 +171,7 @@ _ALL = (
         metric="exact_match",
         fields=("context", "question", "answers"),
         prompt=squad_prompt,
+        asks_one_text=False,
         target=lambda row: f" {gold_answers(row)[0]}",
         extract=first_line,
         score=lambda prediction, row: text_scores(prediction, gold_answers(row)),
@@ -181,6 +184,7 @@ _ALL = (
         metric="accuracy",
         fields=("subject", "question", "choices", "answer"),
         prompt=mmlu_prompt,
+        asks_one_text=False,
         target=lambda row: f" {correct_letter(row)}",
         extract=first_letter,
         score=lambda prediction, row: {"accuracy": float(prediction == correct_letter(row))},

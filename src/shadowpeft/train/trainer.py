@@ -1,5 +1,6 @@
 """transformers' Trainer with the few lines that an adapter-only checkpoint and two losses ask for."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,8 +48,12 @@ class ShadowTrainer(SafeTrainer):
         smooths = self.label_smoother is not None and isinstance(self.model, ShadowModel)
         self._loss_options = {"label_smoothing": self.args.label_smoothing_factor} if smooths else {}
         self.label_smoother = None if smooths else self.label_smoother
+        if trains_classes(self.model):
+            # transformers takes these losses to be divided by the labels of all accumulated batches, and they are means of one.
+            self.model_accepts_loss_kwargs = False
+        self._has_own_groups = False
         self._sums: dict[str, torch.Tensor] = {}
-        self._num_passes = 0
+        self._num_steps = 0
 
     def compute_loss(  # type: ignore[override]
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any
@@ -67,7 +72,7 @@ class ShadowTrainer(SafeTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
         adapted = self.accelerator.unwrap_model(self.model)
-        if not is_new:
+        if not is_new and self._has_own_groups:  # a second training
             return optimizer
         trained: nn.Module = adapted.network() if isinstance(adapted, ShadowModel) else adapted
         if self._head_lr_multiplier != 1.0 and not heads_of(trained) and trains_classes(adapted):
@@ -76,28 +81,52 @@ class ShadowTrainer(SafeTrainer):
                 "none; leave it 1"
             )
         parts = multiplied_parts(trained, heads=self._head_lr_multiplier, backbone=self._shadow_lr_multiplier)
+        if not is_new:
+            self._check_own_rates(optimizer, parts)
+            return optimizer
+        self._has_own_groups = True
         for weights, multiplier in parts:
             _split_groups(optimizer, set(weights), multiplier)
         return optimizer
+
+    def _check_own_rates(self, optimizer: Any, parts: list[tuple[list[nn.Parameter], float]]) -> None:
+        """Whether an optimizer from elsewhere, whose groups stay as they are, has some for what should learn at its own rate.
+
+        Raises:
+            ConfigError: it has none and was asked to. Where the adapter's config alone asks, a warning says so.
+        """
+        # DeepSpeed's stands for one that is made later, of all weights alike.
+        known = getattr(optimizer, "param_groups", None) or [{"params": optimizer.params}]
+        groups = [set(group["params"]) for group in known]
+        mixed = [m for part, m in parts if m != 1.0 and any(group & set(part) and group - set(part) for group in groups)]
+        if not mixed:
+            return
+        said = (
+            "the optimizer was made elsewhere (optimizers=, or a section of DeepSpeed's config) and has no groups for the "
+            f"weights that are to learn at {' and '.join(map(str, mixed))} times its rate, so they learn at its own; make it "
+            "of shadowpeft.train.parameter_groups, or leave it to the trainer"
+        )
+        if self._shadow_lr_multiplier is not None or self._head_lr_multiplier != 1.0:
+            raise ConfigError(said)
+        warnings.warn(said, stacklevel=3)
 
     def _add_parts(self, outputs: Any) -> None:
         for name in LOSS_PARTS:
             value = outputs.get(name) if hasattr(outputs, "get") else None
             if value is not None:
                 self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._num_passes += 1
+        self._num_steps += self.accelerator.sync_gradients  # an epoch's last step may have fewer batches
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the mean of each part since the last log (a share of the step's loss under accumulation, so summed)."""
-        if "loss" in logs and self._num_passes:
-            steps = self._num_passes / self.args.gradient_accumulation_steps
+        if "loss" in logs and self._num_steps:
             # Every process has its share of the labels that all are divided by, so the shares add up.
             reduction = "sum" if self.args.average_tokens_across_devices else "mean"
             for name, total in self._sums.items():
                 total = self.accelerator.reduce(total, reduction)
-                logs[name] = round(float(total) / max(steps, 1), 4)  # type: ignore[arg-type]
+                logs[name] = round(float(total) / self._num_steps, 4)  # type: ignore[arg-type]
             self._sums.clear()
-            self._num_passes = 0
+            self._num_steps = 0
         super().log(logs, *args, **kwargs)
 
     def prediction_step(

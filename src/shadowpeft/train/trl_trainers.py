@@ -83,12 +83,14 @@ class ShadowDPOTrainer(AttachedHead, ShadowTrainer, DPOTrainer):  # type: ignore
     process; sharding would prepare the base twice and is refused.
 
     Raises:
-        ConfigError: the weights are to be sharded.
+        ConfigError: the weights are to be sharded, or the reference is to follow the model.
         AdapterError: the model is no causal language model with a shadow.
     """
 
     def __init__(self, model: Any, ref_model: nn.Module | None = None, **kwargs: Any) -> None:
         _check_model(model)
+        if getattr(kwargs.get("args"), "sync_ref_model", False):  # it would mix the base, weight by weight, with itself
+            raise ConfigError("sync_ref_model=True moves the reference's weights, which are the model's own here; leave it out")
         super().__init__(model, ref_model=model.get_base_model() if ref_model is None else ref_model, **kwargs)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError("ShadowDPOTrainer shares the base with its reference, so it cannot shard it; use DDP")
