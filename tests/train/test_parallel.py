@@ -89,7 +89,7 @@ def test_two_processes_train_as_one_with_the_same_rows_a_step_and_go_on_where_th
     assert is_sharded == (config == "fsdp2.yaml")
     _check_adapter(tmp_path / "run" / "adapter", alone / "adapter")
     if is_sharded:  # DDP's files are those of one process
-        _check_resume(config, run_file, tmp_path / "run")
+        _check_resume(config, run_file, tmp_path / "run", STARTS[config])
 
 
 def _check_adapter(found, expected):
@@ -102,12 +102,12 @@ def _check_adapter(found, expected):
     assert config == again, "a sharded base is described as a whole one"
 
 
-def _check_resume(config, run_file, folder):
+def _check_resume(config, run_file, folder, start, **environment):
     """From the files of step 3 back into the processes: the same losses and the same weights."""
     losses, weights = log_of(folder), load_file(folder / "adapter" / "shadow_model.safetensors")
     shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
     shutil.rmtree(folder / "adapter")
-    launch(config, STARTS[config], run_file, "--resume")
+    launch(config, start, run_file, "--resume", **environment)
     assert log_of(folder) == losses
     again = load_file(folder / "adapter" / "shadow_model.safetensors")
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -187,6 +187,7 @@ def test_zero2_trains_as_one_process_does(bench, alone, tmp_path):
     expected, found = torch.tensor(log_of(alone)), torch.tensor(log_of(tmp_path / "run"))
     torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-4)  # as above
     _check_adapter(tmp_path / "run" / "adapter", alone / "adapter")
+    _check_resume(config, run_file, tmp_path / "run", ["-m", "shadowpeft"], DS_ACCELERATOR="cpu")
 
 
 def test_zero3_is_refused_with_what_to_use_instead(bench):
