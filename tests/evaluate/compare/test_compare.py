@@ -302,6 +302,11 @@ def test_a_second_baseline_has_its_own_differences(everything):
     assert found["shadow", "classes"]["difference"].value == pytest.approx(to_lora)
     assert found["shadow", "classes"]["further"]["dora"].value == pytest.approx(to_dora)
     assert found["lora", "classes"]["difference"] is None and set(found["lora", "classes"]["further"]) == {"dora"}
+    # Corrected for the tasks of the method, of either kind; a mean over them is one difference.
+    of_tasks = [row["difference"] for row in rows if row["method"] == "shadow" and row["scored"]]
+    assert len(of_tasks) > 1 and max(gap.p_holm / gap.p for gap in of_tasks if gap.p < 1) <= len(of_tasks)
+    assert min(gap.p_holm for gap in of_tasks) == pytest.approx(min(1.0, len(of_tasks) * min(gap.p for gap in of_tasks)))
+    assert found["shadow", "classes"]["difference"].p_holm is None
 
 
 def test_a_result_says_its_seed_and_its_base_and_keeps_what_the_detached_shadow_wrote(everything):

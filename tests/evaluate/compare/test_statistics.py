@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from shadowpeft.evaluate.compare.statistics import (
+    Estimate,
     Sample,
     difference,
     estimate,
+    holm,
     mean_difference,
     mean_of_rows,
     quantiles_of_t,
@@ -55,6 +57,15 @@ def test_equal_methods_differ_by_nothing_and_p_is_one():
     same = random_answers(0.4, rows=100, seeds=3)
     gap = difference(same, same)
     assert (gap.value, gap.low, gap.high, gap.p) == (0.0, 0.0, 0.0, 1.0)
+
+
+def test_holm_multiplies_by_the_differences_that_are_left_and_never_goes_back_down():
+    """By hand: 0.005 x 4, 0.01 x 3, 0.03 x 2, and 0.04 x 1 is below the one before it."""
+    found = {"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005}
+    gaps = {name: Estimate(value=1.0, low=0.0, high=2.0, p=p) for name, p in found.items()}
+    assert {name: found.p_holm for name, found in holm(gaps).items()} == pytest.approx(dict(a=0.03, b=0.06, c=0.06, d=0.02))
+    [alone] = holm({"a": Estimate(value=1.0, low=0.0, high=2.0, p=0.7)}).values()
+    assert (alone.p, alone.p_holm) == (0.7, 0.7)
 
 
 def test_p_of_a_few_discordant_rows_is_small_and_grows_with_fewer():

@@ -16,8 +16,8 @@ Part = tuple[str, str, list[str], list[list[str]]]  # heading, text above, colum
 METHOD_NOTE = (
     "Scores are means over seeds, times 100, with a 95% interval: a bootstrap over rows, and Student's t over seeds (with "
     "one seed, rows alone). Differences are paired: the same of the differences seed by seed, on the same rows; p is "
-    "two-sided, from the same draws, and not corrected for the number of tasks. Means are over tasks of one kind; that of "
-    "written answers mixes their metrics."
+    "two-sided, from the same draws, behind it Holm's correction for the tasks of that row. Means are over tasks of one "
+    "kind; that of written answers mixes their metrics."
 )
 
 
@@ -31,8 +31,13 @@ def _score(found: Estimate) -> str:
 def _gap(found: Estimate | None) -> str:
     if found is None:
         return ""
-    p = "" if found.p is None else " p<0.001" if found.p < 0.001 else f" p={found.p:.3f}"
+    p = "" if found.p is None else f" p{_p(found.p)}"
+    p += "" if found.p_holm is None else f" (Holm {_p(found.p_holm)})"
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
+
+
+def _p(value: float) -> str:
+    return "<0.001" if value < 0.001 else f"={value:.3f}"
 
 
 def _number(value: float | None, form: str = ",.1f") -> str:

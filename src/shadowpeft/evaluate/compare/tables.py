@@ -5,7 +5,15 @@ from typing import Any
 
 from shadowpeft.evaluate.compare.gather import Entry, Gathered, Key, paired, sample_of
 from shadowpeft.evaluate.compare.recipe import SEARCH, Recipe
-from shadowpeft.evaluate.compare.statistics import Estimate, Sample, difference, estimate, mean_difference, mean_estimate
+from shadowpeft.evaluate.compare.statistics import (
+    Estimate,
+    Sample,
+    difference,
+    estimate,
+    holm,
+    mean_difference,
+    mean_estimate,
+)
 from shadowpeft.train.tasks import TASKS
 
 MEANS = {"classification": "classes", "choice": "choices", "generation": "written answers"}
@@ -23,10 +31,11 @@ def main_table(gathered: Gathered) -> list[Entry]:
         of_base = [key for key in keys if key.base == base]
         for method in dict.fromkeys(key.method for key in of_base):
             own = {key: _pairs(gathered, key) for key in of_base if key.method == method}
-            for key, pairs in own.items():
+            gaps_of = _gaps(method, own)
+            for key in own:
                 scores = gathered.scores[key]
                 found = estimate(sample_of(recipe, scores, key.scored, sorted(scores)))
-                gaps = {other: difference(*pair) for other, pair in pairs.items() if other != method}
+                gaps = gaps_of[key]
                 further = _without(gaps, recipe.baseline)
                 table.append(_entry(key, found, gaps.get(recipe.baseline), scores) | {"further": further})
             table += _means(recipe, base, method, own)
@@ -38,6 +47,17 @@ def _pairs(gathered: Gathered, key: Key) -> dict[str, tuple[Sample, Sample]]:
     baselines = (gathered.recipe.baseline, *gathered.recipe.further_baselines)
     found = {other: paired(gathered, key, _with_method(key, other)) for other in baselines}
     return {other: pair for other, pair in found.items() if pair}
+
+
+def _gaps(method: str, pairs_of: dict[Key, dict[str, tuple[Sample, Sample]]]) -> dict[Key, dict[str, Estimate]]:
+    """Task -> baseline -> difference, with p corrected over a method's tasks."""
+    gaps: dict[str, dict[Key, Estimate]] = defaultdict(dict)
+    for key, pairs in pairs_of.items():
+        for other, pair in pairs.items():
+            if other != method:
+                gaps[other][key] = difference(*pair)
+    corrected = {other: holm(found) for other, found in gaps.items()}
+    return {key: {other: found[key] for other, found in corrected.items() if key in found} for key in pairs_of}
 
 
 def _means(recipe: Recipe, base: str, method: str, pairs_of: dict[Key, dict[str, tuple[Sample, Sample]]]) -> list[Entry]:
