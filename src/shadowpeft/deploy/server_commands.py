@@ -212,8 +212,9 @@ def rows_of(task: Task, split: str, *, source: Path | None, extra: list[Path], l
 
 
 def _settings(values: dict[str, Any], task: str | None) -> Settings:
-    for name in ("max_batch", "max_waiting", "max_new_tokens", "num_drafts"):
-        if values.get(name, 1) < 1:
+    for name in ("max_batch", "max_waiting", "max_context", "max_batch_tokens", "max_new_tokens", "num_drafts"):
+        value = values.get(name)
+        if value is not None and value < 1:
             raise ConfigError(f"{name}={values[name]} is not valid: expected at least 1")
     if not 0 <= values.get("temperature", 0.0) <= 2:
         raise ConfigError(f"temperature={values['temperature']} is not valid: expected 0 to 2")
