@@ -118,7 +118,9 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         max_waiting: MaxWaiting = 256,
         max_context: MaxContext = None,
         max_batch_tokens: MaxBatchTokens = 2**17,
-        max_new_tokens: MaxNewTokens = 40,
+        max_new_tokens: Annotated[
+            int | None, typer.Option(help="as for `serve` [default: the router's task's, as it was calibrated; else 40]")
+        ] = None,
         temperature: Temperature = 0.0,
         request_seconds: Seconds = 60.0,
         max_bytes: MaxBytes = 2**20,
