@@ -16,6 +16,10 @@ Host = Annotated[str, typer.Option(help="address to listen on")]
 ApiKey = Annotated[str | None, typer.Option(help="key that clients must send", envvar="SHADOWPEFT_API_KEY")]
 MaxBatch = Annotated[int, typer.Option(help="answers decoded together at most")]
 MaxWaiting = Annotated[int, typer.Option(help="answers that may wait; one more is refused with status 429")]
+MaxContext = Annotated[int | None, typer.Option(help="tokens of prompt and answer at most [default: the model's positions]")]
+MaxBatchTokens = Annotated[
+    int, typer.Option(help="rows decoded together times the longest of them, in tokens, at most; what does not fit waits")
+]
 MaxNewTokens = Annotated[int, typer.Option(help="tokens of an answer whose request names no limit")]
 Temperature = Annotated[float, typer.Option(help="of a request that names none; 0 takes the most likely token")]
 Seconds = Annotated[float, typer.Option(help="an answer is given up after so long")]
@@ -57,6 +61,8 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         task: Annotated[str | None, typer.Option(help="wrap chat messages in this task's prompt")] = None,
         max_batch: MaxBatch = 32,
         max_waiting: MaxWaiting = 256,
+        max_context: MaxContext = None,
+        max_batch_tokens: MaxBatchTokens = 2**17,
         max_new_tokens: MaxNewTokens = 256,
         temperature: Temperature = 1.0,
         request_seconds: Seconds = 300.0,
@@ -78,6 +84,8 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             settings={
                 "max_batch": max_batch,
                 "max_waiting": max_waiting,
+                "max_context": max_context,
+                "max_batch_tokens": max_batch_tokens,
                 "max_new_tokens": max_new_tokens,
                 "temperature": temperature,
                 "request_seconds": request_seconds,
@@ -108,7 +116,11 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
         api_key: ApiKey = None,
         max_batch: MaxBatch = 32,
         max_waiting: MaxWaiting = 256,
-        max_new_tokens: MaxNewTokens = 40,
+        max_context: MaxContext = None,
+        max_batch_tokens: MaxBatchTokens = 2**17,
+        max_new_tokens: Annotated[
+            int | None, typer.Option(help="as for `serve` [default: the router's task's, as it was calibrated; else 40]")
+        ] = None,
         temperature: Temperature = 0.0,
         request_seconds: Seconds = 60.0,
         max_bytes: MaxBytes = 2**20,
@@ -134,6 +146,8 @@ def add_verbs(app: typer.Typer, console: Console) -> None:
             settings={
                 "max_batch": max_batch,
                 "max_waiting": max_waiting,
+                "max_context": max_context,
+                "max_batch_tokens": max_batch_tokens,
                 "max_new_tokens": max_new_tokens,
                 "temperature": temperature,
                 "request_seconds": request_seconds,

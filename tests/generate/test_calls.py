@@ -159,6 +159,16 @@ def test_scores_and_logits_are_those_of_plain_decoding(model):
         torch.testing.assert_close(torch.stack(drafted[name]), torch.stack(plain[name]))
 
 
+@pytest.mark.parametrize("processors", [{}, {"repetition_penalty": 1.2}])
+def test_scores_and_logits_keep_nothing_of_their_round_in_memory(processors):
+    model, ids = adapted(num_hidden_layers=2).float(), tokens(2, LENGTH)
+    options = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True} | processors
+    out = greedy(model, ids, speculative=3, **options)
+    assert out.statistics.num_drafted > 0
+    kept = [*out.scores, *out.logits]
+    assert all(tensor.untyped_storage().nbytes() == tensor.nelement() * 4 for tensor in kept)
+
+
 def test_statistics_are_returned_and_can_be_collected_from_outside(model):
     ids = tokens(2, LENGTH)
     plain = greedy(model, ids)

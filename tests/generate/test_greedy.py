@@ -317,3 +317,32 @@ def test_adaptive_drafting_changes_nothing_and_follows_the_acceptance(prompts):
         assert torch.equal(out.sequences, plain[:1])
         drafted.append(out.statistics.num_rounds)
     assert drafted[0] < drafted[1]
+
+
+class EveryOther(LogitsProcessor):
+    """Odd tokens at even places and the other way round; refuses a prefix that cannot be."""
+
+    def __call__(self, input_ids, scores):
+        written = input_ids[:, LENGTH:]
+        places = torch.arange(written.shape[1])
+        assert ((written > 2) & (written % 2 != places % 2)).all(), "a prefix that is impossible"
+        allowed = torch.arange(3 + written.shape[1] % 2, VOCAB, 2)
+        return torch.full_like(scores, -torch.inf).index_copy_(1, allowed, scores[:, allowed])
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"confidence_threshold": 0.5}], ids=["sure", "unsure"])
+def test_nothing_is_drafted_where_all_that_may_be_drafted_is_forbidden(prompts, rows, do_sample, settings):
+    """Behind an odd token only even ones may come, and no even one may be drafted."""
+    model, ids = prompts[0], prompts[1][:rows]
+    options = {"logits_processor": [EveryOther()], "do_sample": do_sample, "return_dict_in_generate": True}
+    speculative = SpeculativeConfig(num_draft_tokens=3, draft_vocabulary=range(5, VOCAB, 2), **settings)
+    torch.manual_seed(0)
+    out = greedy(model, ids, speculative=speculative, **options)
+    assert out.statistics.num_drafted > 0
+    if not do_sample:
+        plain = greedy(model, ids, **options)
+        assert torch.equal(out.sequences, plain.sequences)
+        for ours, theirs in zip(out.past_key_values.layers, plain.past_key_values.layers, strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys)

@@ -86,6 +86,9 @@ def test_a_static_window_falls_back_to_plain_decoding_with_a_warning(model_type)
     with pytest.warns(SpeculativeFallbackWarning, match="a static layer with a window of 6 overwrites old tokens"):
         out = generate(model, ids, speculative=3, cache_implementation="static", return_dict_in_generate=True)
     assert torch.equal(out.sequences, plain)
+    assert out.statistics is None and out.past_key_values is not None
+    with pytest.warns(SpeculativeFallbackWarning, match="a static layer"):
+        assert torch.equal(generate(model, ids, speculative=3, cache_implementation="static"), plain)
 
 
 def test_a_static_window_that_never_fills_is_rolled_back():

@@ -49,6 +49,8 @@ from shadowpeft.train.tasks import Task
 
 # A request under way may take as long as it is allowed to; connections that hang longer are cut.
 _GRACE = 10
+# Of an edge's answer where no task says how long answers are: a skill call and some more.
+_NO_TASK_TOKENS = 40
 
 
 def serve(
@@ -114,7 +116,7 @@ def edge(
         )
     if cloud is None and not never_escalate:
         raise ConfigError("name the cloud's address with --cloud URL, or switch it off with --never-escalate")
-    options = _settings(settings, chosen.task)
+    options = _settings(settings | {"max_new_tokens": _answer_length(settings, chosen, console)}, chosen.task)
     local = edge_service(load_edge(model, device=device), options)
     asked = None
     if cloud is not None and not never_escalate:
@@ -211,9 +213,24 @@ def rows_of(task: Task, split: str, *, source: Path | None, extra: list[Path], l
     return rows
 
 
+def _answer_length(settings: dict[str, Any], router: Router, console: Console) -> int:
+    """Tokens of an answer whose request names no limit: those that the router saw, where it saw a task's answers."""
+    given, task = settings["max_new_tokens"], task_or_none(router.task)
+    calibrated = _NO_TASK_TOKENS if task is None else task.max_new_tokens
+    if given is None:
+        return calibrated
+    if task is not None and given < calibrated:
+        console.print(
+            f"max_new_tokens={given} cuts answers of which {task.name!r} and this router's calibration have up to "
+            f"{calibrated}; what it expects of share and accuracy may not hold"
+        )
+    return given
+
+
 def _settings(values: dict[str, Any], task: str | None) -> Settings:
-    for name in ("max_batch", "max_waiting", "max_new_tokens", "num_drafts"):
-        if values.get(name, 1) < 1:
+    for name in ("max_batch", "max_waiting", "max_context", "max_batch_tokens", "max_new_tokens", "num_drafts"):
+        value = values.get(name)
+        if value is not None and value < 1:
             raise ConfigError(f"{name}={values[name]} is not valid: expected at least 1")
     if not 0 <= values.get("temperature", 0.0) <= 2:
         raise ConfigError(f"temperature={values['temperature']} is not valid: expected 0 to 2")

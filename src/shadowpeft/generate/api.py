@@ -178,7 +178,7 @@ def speculative_decoding(
             stacklevel=4,
         )
         plain: Any = GenerationMixin
-        return plain._sample(
+        found = plain._sample(
             model,
             input_ids,
             logits_processor,
@@ -188,6 +188,7 @@ def speculative_decoding(
             streamer=streamer,
             **model_kwargs,
         )
+        return found if isinstance(found, Tensor) else SpeculativeOutput(**found, statistics=None)
     return decode(
         model,
         network,

@@ -93,14 +93,15 @@ def draft(
 ) -> Draft:
     """Drafts at most ``num_drafts`` tokens behind ``sequences`` [B, T], whose last ``num_pending`` are in no cache yet.
 
-    The shadow runs once for every token, the last draft included; the last needs no head.
+    The shadow runs once for every token, the last draft included; the last needs no head. Drafting ends in front of a token
+    that a row cannot draft at all, as processors forbid its whole draft vocabulary: they are to see no prefix that cannot be.
 
     Args:
         at_work: [B], rows that have not ended; None: all.
     """
     pending = tokens = sequences[:, -num_pending:]
     drafts, states, drawn_from = [], [], []
-    start, is_sure, is_over = 0, True, False
+    start, is_sure, is_over, is_read = 0, True, False, False
     has_ended = torch.zeros_like(sequences[:, 0], dtype=torch.bool) if at_work is None else ~at_work
     for place in range(num_drafts):
         if is_over or not is_sure:
@@ -110,16 +111,20 @@ def draft(
         assert logits is not None
         states.append(state)
         prefix = torch.cat([sequences, *drafts], 1) if scoring.drafts_need_prefix else None
-        token, q, confidence = scoring.draft(logits[:, -1], prefix, with_confidence=confidence_threshold > 0)
-        is_sure = confidence is None or _is_any_sure(confidence, confidence_threshold, known, place)
-        token = token if known is None else known.instead_of(token, place)
+        found = scoring.draft(logits[:, -1], prefix, with_confidence=confidence_threshold > 0)
+        is_read = found.is_possible is not None and _is_any_stuck(found.is_possible | has_ended, known, place)
+        if is_read:
+            break
+        is_sure = found.confidence is None or _is_any_sure(found.confidence, confidence_threshold, known, place)
+        token = found.tokens if known is None else known.instead_of(found.tokens, place)
         if scoring.ends is not None:
             token, has_ended = scoring.ends.pad_behind(has_ended, token)
             is_over = bool(has_ended.all())
         tokens, start = token[:, None], stop
         drafts.append(tokens)
-        drawn_from.append(q)
-    states.append(passes.draft_step(tokens, *places.at(start, start + tokens.shape[1]), with_head=False)[0])
+        drawn_from.append(found.q)
+    if not is_read:
+        states.append(passes.draft_step(tokens, *places.at(start, start + tokens.shape[1]), with_head=False)[0])
     return Draft(
         lead=pending[:, :-1],
         window=torch.cat([pending[:, -1:], *drafts], 1),
@@ -127,6 +132,12 @@ def draft(
         q=torch.stack(drawn_from, 1) if drawn_from and drawn_from[0] is not None else None,
         is_over=is_over,
     )
+
+
+def _is_any_stuck(is_possible: Tensor, known: Known | None, place: int) -> bool:
+    """Whether a row that really drafts has nothing to draft."""
+    drafts = torch.ones_like(is_possible) if known is None else place >= known.count
+    return bool((drafts & ~is_possible).any())
 
 
 def _is_any_sure(confidence: Tensor, threshold: float, known: Known | None, place: int) -> bool:

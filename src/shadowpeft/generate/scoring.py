@@ -11,6 +11,23 @@ from shadowpeft.generate.config import DraftProcessor
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drafted:
+    """One draft a row.
+
+    Attributes:
+        tokens: [B].
+        q: [B, V], the distribution they were drawn from; None if greedy.
+        confidence: [B], probability of each token; None where nobody asked.
+        is_possible: [B], false where no token that may be drafted was allowed; None where that cannot be.
+    """
+
+    tokens: Tensor
+    q: Tensor | None = None
+    confidence: Tensor | None = None
+    is_possible: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scoring:
     """How this call turns logits into tokens.
 
@@ -37,36 +54,32 @@ class Scoring:
     def drafts_need_prefix(self) -> bool:
         return bool(self.processors) or self.draft_processor is not None
 
-    def draft(
-        self, logits: Tensor, prefix: Tensor | None, *, with_confidence: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def draft(self, logits: Tensor, prefix: Tensor | None, *, with_confidence: bool) -> Drafted:
         """One draft a row.
 
         Args:
             logits: [B, V'] of the shadow.
             prefix: [B, T], the tokens before; None where :attr:`drafts_need_prefix` is false.
-            with_confidence: compute the third result, else None.
-
-        Returns:
-            ``(tokens [B], the distribution [B, V] they were drawn from or None if greedy, probability of each
-            token [B])``.
+            with_confidence: compute it, else None.
         """
         if not (self.do_sample or self.drafts_need_prefix or with_confidence):
             best = comparable(logits).argmax(-1)
-            return (best if self.draft_ids is None else self.draft_ids[best]), None, None
+            return Drafted(tokens=best if self.draft_ids is None else self.draft_ids[best])
         scores = self._over_all_tokens(logits.float())
         if self.draft_processor is not None:
             assert prefix is not None  # as drafts_need_prefix asked
             scores = self.draft_processor(prefix, scores)
         if self.processors:
             scores = self.processors(prefix, scores)  # type: ignore[arg-type]  # any integer dtype will do
-        if self.draft_ids is not None:
-            # Processors may forbid every token that can be drafted; whatever is drafted then will be rejected.
-            scores = scores.masked_fill(scores.isneginf().all(-1, keepdim=True), 0.0)
+        is_possible = None
+        if self.draft_ids is not None and self.drafts_need_prefix:
+            # Processors may forbid every token that can be drafted; what such a row draws only has to be a number.
+            is_possible = ~scores.isneginf().all(-1)
+            scores = scores.masked_fill(~is_possible[:, None], 0.0)
         q = scores.softmax(-1) if self.do_sample or with_confidence else None
         token = torch.multinomial(q, 1).squeeze(1) if self.do_sample else scores.argmax(-1)  # type: ignore[arg-type]
         confidence = q.gather(1, token[:, None]).squeeze(1) if with_confidence and q is not None else None
-        return token, (q if self.do_sample else None), confidence
+        return Drafted(tokens=token, q=q if self.do_sample else None, confidence=confidence, is_possible=is_possible)
 
     def _over_all_tokens(self, logits: Tensor) -> Tensor:
         if self.draft_ids is None:

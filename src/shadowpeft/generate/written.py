@@ -57,9 +57,9 @@ class Written:
                 column = torch.where(self._unfinished, column, self._pad)
             self.sequences = torch.cat([self.sequences, column[:, None]], 1)
             if self._scores is not None:
-                self._scores += (scores[:, index].float(),)
+                self._scores += (_column(scores, index),)
             if self._logits is not None:
-                self._logits += (logits[:, index].float(),)
+                self._logits += (_column(logits, index),)
             if self._streamer is not None:
                 self._streamer.put(column.cpu())
             done = self._criteria(self.sequences, self._scores) & self._unfinished
@@ -88,3 +88,8 @@ class Written:
             return self.sequences
         parts: dict[str, Any] = {"sequences": self.sequences, "scores": self._scores, "logits": self._logits, CACHE: cache}
         return SpeculativeOutput(**parts, statistics=statistics)
+
+
+def _column(values: Tensor, index: int) -> Tensor:
+    """[B, T, V] -> [B, V]: a copy, since a view would keep all places of the round in memory, those of fallen drafts too."""
+    return values[:, index].to(torch.float32, copy=True)

@@ -233,7 +233,7 @@ def test_what_is_no_skill_goes_to_the_cloud_however_sure_the_edge_is():
         (None, "down"),
         (120.0, "late"),
         (http({"error": {}}, 500), "failed"),
-        (http({"error": {}}, 429), "failed"),
+        (http({"error": {}}, 429), "busy"),
         (http({"error": {}}, 400), "refused"),
         (http({"error": {}}, 401), "misconfigured"),
         (http({"error": {}}, 404), "misconfigured"),

@@ -11,6 +11,7 @@ import torch
 from deploy.running import held_steps
 from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.deploy.serve import batch as batches
+from shadowpeft.deploy.serve import joining
 from shadowpeft.deploy.serve.batch import Batch
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.metrics import Metrics
@@ -75,6 +76,29 @@ def test_rows_of_all_adapters_and_modes_that_join_late_get_their_own_greedy_answ
     for wanted, (_, heard) in zip(jobs, rows, strict=True):
         assert tokens_of(heard) == reference(model, wanted)
         assert heard[-1] == End(reason="length", num_tokens=wanted.max_tokens)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("failing", ["widen", "join"])
+def test_rows_that_run_go_on_as_before_where_others_could_not_join(model_type, failing, monkeypatch):
+    model, real, calls = shadow_model(model_type), getattr(joining, failing), []
+
+    def out_of_memory_the_second_time(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return real(*arguments)
+
+    (running, heard), (long, _) = listening(job("robot", 3, 0)), listening(job("robot", 40, 1))
+    batch = batches.step(model, batches.prefill(model, [running]))
+    fresh = batches.prefill(model, [long])
+    monkeypatch.setattr(joining, failing, out_of_memory_the_second_time)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        batches.merge(batch, fresh)
+    monkeypatch.undo()
+    assert {cache.layers[0].keys.shape[0] for cache in batch.caches.values()} == {1}
+    decode(model, batch)
+    assert tokens_of(heard) == reference(model, running.job)
 
 
 def test_columns_that_no_row_needs_any_more_are_dropped():
@@ -197,6 +221,50 @@ def test_a_model_that_fails_ends_its_rows_and_the_next_request_is_served(schedul
     assert isinstance(last, ApiError) and last.status == 500
     monkeypatch.undo()
     assert isinstance(all_of(collect(scheduler, job("robot", 3, 0))[1])[-1], End)
+
+
+def test_rows_that_cannot_join_fail_alone(scheduler, monkeypatch):
+    def explode(first, second):
+        if len(first) and len(second):
+            raise RuntimeError("out of memory")
+        return first if len(first) else second
+
+    monkeypatch.setattr(batches, "merge", explode)
+    with held_steps(monkeypatch):
+        running, heard = collect(scheduler, job("robot", 3, 0))
+        events = [heard.get(timeout=120)]
+        late = collect(scheduler, job("robot", 40, 1))[1]
+    failed = all_of(late)[-1]
+    assert isinstance(failed, ApiError) and failed.status == 500
+    assert tokens_of(events + all_of(heard)) == reference(shadow_model(), running.job)
+
+
+@pytest.mark.parametrize("num_drafts", [0, 3])
+def test_a_long_prompt_waits_until_the_rows_beside_it_may_be_as_long(monkeypatch, num_drafts):
+    """Four rows of 15 tokens fill the budget; one of 52 beside a single other would take 104 places of it."""
+    rectangles, keep = [], batches.keep
+
+    def watched(batch, rows):  # at the end of every step
+        if len(batch):
+            rectangles.append(tuple(batch.mask.shape))
+        return keep(batch, rows)
+
+    monkeypatch.setattr(batches, "keep", watched)
+    made = Scheduler(shadow_model(), TOKENIZER, Metrics(), max_batch=4, max_tokens=60)
+    jobs = [job("robot", 40 if i == 2 else 3, i, num_drafts=num_drafts * (i % 2)) for i in range(6)]
+    heard = [collect(made, wanted)[1] for wanted in jobs]
+    answers = [tokens_of(all_of(one)) for one in heard]
+    made.close(30)
+    assert answers == [reference(shadow_model(), wanted) for wanted in jobs]
+    assert max(rows * width for rows, width in rectangles) <= 60
+    assert max(width for _, width in rectangles) > 40 and max(rows for rows, _ in rectangles) > 1
+
+
+def test_a_row_alone_runs_whatever_its_length():
+    made = Scheduler(shadow_model(), TOKENIZER, Metrics(), max_tokens=10)
+    heard = [collect(made, job("robot", 20, i))[1] for i in range(2)]
+    assert all(isinstance(all_of(one)[-1], End) for one in heard)
+    made.close(30)
 
 
 def test_an_empty_batch_is_neutral():

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,16 +19,21 @@ from shadowpeft.errors import ConfigError, ShadowPeftError
 # The same request again would end the same way: it was refused, the key or address is wrong, or a well-formed answer is none
 # that the device can carry out (the edge asks for what it decodes itself, greedily as a rule).
 _FINAL = {"refused", "misconfigured", "unusable"}
-# These say nothing against the cloud's health.
-_HARMLESS = {"refused", "unusable"}
+# These say nothing against the cloud's health; one that is busy answers others.
+_HARMLESS = {"refused", "unusable", "busy"}
 
 
 class CloudError(ShadowPeftError):
-    """The cloud gave no answer that can be used. ``kind``: why, one word for counters."""
+    """The cloud gave no answer that can be used.
 
-    def __init__(self, kind: str, message: str) -> None:
+    Attributes:
+        kind: why, one word for counters.
+        retry_after: seconds for which the cloud asks to be left alone.
+    """
+
+    def __init__(self, kind: str, message: str, *, retry_after: float = 0.0) -> None:
         super().__init__(message)
-        self.kind = kind
+        self.kind, self.retry_after = kind, retry_after
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +148,10 @@ class Cloud:
             finally:
                 self._metrics.breaker_open.set(self.breaker.is_open)
             if attempt < settings.max_attempts:
-                await self._sleep(min(self._pause(attempt), max(deadline - time.monotonic(), 0)))
+                pause = max(self._pause(attempt), failure.retry_after)
+                if pause >= deadline - time.monotonic():  # nobody would be asked behind it, and the client waits
+                    break
+                await self._sleep(pause)
         raise failure
 
     def _pause(self, attempt: int) -> float:
@@ -167,7 +176,9 @@ class Cloud:
         except (httpx.RequestError, httpx.InvalidURL) as error:
             raise CloudError("down", f"the cloud cannot be reached: {type(error).__name__}") from error
         if reply.status_code in (408, 429) or reply.status_code >= 500:
-            raise CloudError("failed", f"the cloud answered with status {reply.status_code}")
+            kind = "busy" if reply.status_code == 429 else "failed"
+            retry_after = _retry_after(reply) if reply.status_code in (429, 503) else 0.0
+            raise CloudError(kind, f"the cloud answered with status {reply.status_code}", retry_after=retry_after)
         if reply.status_code in (401, 403, 404):
             raise CloudError("misconfigured", f"the cloud does not know this key, model or address: status {reply.status_code}")
         if reply.status_code != 200:
@@ -182,6 +193,12 @@ def body_for(request: Request, model: str) -> dict[str, Any]:
     """A client's request as it goes on to the cloud: another model name, in one piece."""
     values = request.model_dump(exclude_none=True, exclude={"stream", "stream_options"})
     return {**values, "model": model}
+
+
+def _retry_after(reply: httpx.Response) -> float:
+    """Seconds of ``Retry-After``; 0 where there are none or a date, whose clock need not be this one."""
+    text = reply.headers.get("retry-after", "").strip()
+    return float(text) if re.fullmatch("[0-9]+", text) else 0.0
 
 
 def _read(reply: httpx.Response, is_chat: bool, attempt: int) -> CloudAnswer:

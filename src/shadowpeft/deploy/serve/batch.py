@@ -1,5 +1,6 @@
 """A running batch: rows of any adapters and modes that advance by one token together."""
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,27 +74,35 @@ def step(model: Served, batch: Batch) -> Batch:
 
 @torch.inference_mode()
 def merge(first: Batch, second: Batch) -> Batch:
-    """Both batches as one; the narrower one gets empty columns on its left."""
+    """Both batches as one; the narrower one gets empty columns on its left.
+
+    Should there be no memory for it, ``first`` is what it was before: its rows can go on without the others.
+    """
     if not len(first) or not len(second):
         return first if len(first) else second
     assert first.mask is not None and second.mask is not None
     assert first.tokens is not None and second.tokens is not None
     width = max(first.mask.shape[1], second.mask.shape[1])
     masks = [F.pad(mask, (width - mask.shape[1], 0)) for mask in (first.mask, second.mask)]
-    for cache in (*first.caches.values(), *second.caches.values()):
-        joining.widen(cache, width)
-    caches = dict(first.caches)
-    for name, cache in second.caches.items():
-        if name in caches:
-            joining.join(caches[name], cache)
-        else:
-            caches[name] = cache
-    return Batch(
-        sequences=first.sequences + second.sequences,
-        mask=torch.cat(masks),
-        tokens=torch.cat([first.tokens, second.tokens]),
-        caches=caches,
-    )
+    with contextlib.ExitStack() as undo:
+        for cache in first.caches.values():
+            undo.callback(joining.cut, cache, num_rows=joining.num_rows(cache), width=first.mask.shape[1])
+        for cache in (*first.caches.values(), *second.caches.values()):
+            joining.widen(cache, width)
+        caches = dict(first.caches)
+        for name, cache in second.caches.items():
+            if name in caches:
+                joining.join(caches[name], cache)
+            else:
+                caches[name] = cache
+        merged = Batch(
+            sequences=first.sequences + second.sequences,
+            mask=torch.cat(masks),
+            tokens=torch.cat([first.tokens, second.tokens]),
+            caches=caches,
+        )
+        undo.pop_all()
+    return merged
 
 
 @torch.inference_mode()

@@ -64,6 +64,17 @@ def join(first: Cache, second: Cache) -> None:
         left.keys, left.values = torch.cat([left.keys, right.keys]), torch.cat([left.values, right.values])
 
 
+def num_rows(cache: Cache) -> int:
+    return layers_of(cache)[0].keys.shape[0]
+
+
+def cut(cache: Cache, *, num_rows: int, width: int) -> None:
+    """Takes back what :func:`widen` and :func:`join` added, also where they stopped half way: views, which need no memory."""
+    for layer in layers_of(cache):
+        layer.keys, layer.values = layer.keys[:num_rows], layer.values[:num_rows]
+    narrow(cache, width)
+
+
 def keep(cache: Cache, rows: Tensor) -> None:
     """Keeps ``rows``, in that order."""
     cache.batch_select_indices(rows)

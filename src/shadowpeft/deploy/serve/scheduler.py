@@ -23,6 +23,9 @@ from shadowpeft.deploy.serve.sequence import Event, Job, Sequence
 
 logger = logging.getLogger(__name__)
 
+# 32 rows of 4,096 tokens each: 16 GiB of keys and values for an 8B model with grouped heads in 16 bits.
+MAX_TOKENS = 2**17
+
 
 class Scheduler:
     """Decodes jobs together.
@@ -35,6 +38,9 @@ class Scheduler:
         max_waiting: rows waiting for a place at most; one more is refused with status 429.
         max_prefill: prompt tokens read in one pass at most (but always one prompt), so that a long queue of prompts
             does not hold up the rows that are running.
+        max_tokens: rows times the longest of them (prompt and answer), over both batches, at most: keys and values are
+            rectangles, so that one long prompt makes every row beside it as long. What does not fit waits; one row alone
+            always runs.
     """
 
     def __init__(
@@ -46,9 +52,11 @@ class Scheduler:
         max_batch: int = 32,
         max_waiting: int = 256,
         max_prefill: int = 4096,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
         self._model, self._tokenizer, self._metrics = model, tokenizer, metrics
-        self._max_batch, self._max_waiting, self._max_prefill = max_batch, max_waiting, max_prefill
+        self._max_batch, self._max_waiting = max_batch, max_waiting
+        self._max_prefill, self._max_tokens = max_prefill, max_tokens
         self._waiting: deque[Sequence] = deque()
         # Rows that advance by one token, and rows whose shadow drafts; see speculation.py for why they are apart.
         self._plain, self._drafting = Batch(), Batch()
@@ -142,7 +150,7 @@ class Scheduler:
         started = time.monotonic()
         fresh = self._guarded(sequences, lambda: batches.prefill(self._model, sequences))
         self._metrics.prefill_seconds.observe(time.monotonic() - started)
-        return self._guarded([*running.sequences, *fresh.sequences], lambda: batches.merge(running, fresh))
+        return self._guarded(fresh.sequences, lambda: batches.merge(running, fresh), otherwise=running)
 
     def _stepped(self, running: Batch, act: Callable[[], Batch]) -> Batch:
         if not len(running):
@@ -154,7 +162,8 @@ class Scheduler:
     def _num_running(self) -> int:
         return len(self._plain) + len(self._drafting)
 
-    def _guarded(self, sequences: list[Sequence], act: Callable[[], Batch]) -> Batch:
+    def _guarded(self, sequences: list[Sequence], act: Callable[[], Batch], *, otherwise: Batch | None = None) -> Batch:
+        """What ``act`` gives; if it fails, so do ``sequences``, and ``otherwise`` is what goes on."""
         try:
             return act()
         except Exception as error:
@@ -163,7 +172,7 @@ class Scheduler:
             failure = error if isinstance(error, ApiError) else ApiError(text, status=500, code="model_failed")
             for sequence in sequences:
                 sequence.fail(failure)
-            return Batch()
+            return otherwise or Batch()
 
     def _drop_abandoned(self) -> None:
         now = time.monotonic()
@@ -194,10 +203,20 @@ class Scheduler:
                 longest = max(longest, len(self._waiting[0].job.prompt))
                 if chosen and longest * (len(chosen) + 1) > self._max_prefill:
                     break
+                if (self._num_running or chosen) and not self._has_room([*chosen, self._waiting[0]]):
+                    break
                 chosen.append(self._waiting.popleft())
         for sequence in chosen:
             self._metrics.queue_seconds.observe(time.monotonic() - sequence.submitted)
         return chosen
+
+    def _has_room(self, joining: list[Sequence]) -> bool:
+        """Whether keys and values of all rows, each batch as wide as its longest row may become, stay within the budget."""
+        num_tokens = 0
+        for batch, is_drafting in ((self._plain, False), (self._drafting, True)):
+            rows = [*batch.sequences, *(s for s in joining if bool(s.job.num_drafts) == is_drafting)]
+            num_tokens += len(rows) * max((s.job.length for s in rows), default=0)
+        return num_tokens <= self._max_tokens
 
     def _tell_sizes(self) -> None:
         self._metrics.running.set(self._num_running)

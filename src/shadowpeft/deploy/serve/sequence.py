@@ -40,6 +40,11 @@ class Job:
     deadline: float | None = None
     num_drafts: int = 0
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer at most."""
+        return len(self.prompt) + self.max_tokens
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:

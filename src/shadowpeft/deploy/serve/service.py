@@ -19,7 +19,7 @@ from shadowpeft.deploy.serve.metrics import Metrics
 from shadowpeft.deploy.serve.prompts import chat_ids, check_ids, text_ids
 from shadowpeft.deploy.serve.protocol import ChatRequest, Request
 from shadowpeft.deploy.serve.sampling import Sampling
-from shadowpeft.deploy.serve.scheduler import Scheduler
+from shadowpeft.deploy.serve.scheduler import MAX_TOKENS, Scheduler
 from shadowpeft.deploy.serve.sequence import End, Event, Job, Piece, Sequence
 from shadowpeft.evaluate.batches import num_positions
 from shadowpeft.generate import SpeculativeFallbackWarning
@@ -38,6 +38,7 @@ class Settings:
         temperature: of a request that names none.
         max_context: tokens of prompt and answer; None: what the model was made for. Never more than a batch can have
             (:func:`most_tokens`).
+        max_batch_tokens: rows decoded together times the longest of them, prompt and answer; see :class:`Scheduler`.
         request_seconds: an answer is given up after so long.
         num_drafts: tokens drafted at a time in speculative mode.
         task: wraps chat messages in its training prompt; None: chat template or transcript.
@@ -48,6 +49,7 @@ class Settings:
     max_new_tokens: int = 256
     temperature: float = 1.0
     max_context: int | None = None
+    max_batch_tokens: int = MAX_TOKENS
     request_seconds: float = 300.0
     num_drafts: int = 4
     task: Task | None = None
@@ -152,7 +154,12 @@ class LocalService:
         self._ends = end_ids(model, tokenizer)
         self._num_drafts = {name: self._drafts_of(model, entry) for name, entry in entries.items()}
         self._scheduler = Scheduler(
-            model, tokenizer, self.metrics, max_batch=settings.max_batch, max_waiting=settings.max_waiting
+            model,
+            tokenizer,
+            self.metrics,
+            max_batch=settings.max_batch,
+            max_waiting=settings.max_waiting,
+            max_tokens=settings.max_batch_tokens,
         )
 
     def _drafts_of(self, model: Served, entry: Entry) -> int:
