@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ConfigError
+from shadowpeft.generate.rollback import CAN_DRAFT_IN_WINDOWS
 from shadowpeft.model.cache import CACHE
 
 NEW = 10
@@ -121,6 +122,16 @@ def test_prompt_lookup_and_assisted_decoding_equal_greedy():
         model, ids = adapted(model_type), tokens(1, 9)
         expected = run(model, ids)
         assert torch.equal(run(model, ids, prompt_lookup_num_tokens=2), expected)
+        assert torch.equal(run(model, ids, assistant_model=model.detach()), expected)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "gpt_oss"])
+def test_prompt_lookup_and_assisted_decoding_take_a_shadow_past_its_window(model_type):
+    model, ids = adapted(model_type, shadow_layer_types="base"), tokens(1, 9)
+    assert ids.shape[1] > model.config.sliding_window
+    expected = run(model, ids)
+    assert torch.equal(run(model, ids, prompt_lookup_num_tokens=3), expected)
+    if CAN_DRAFT_IN_WINDOWS:  # the assistant is a windowed model too, which transformers drafts with in the same way
         assert torch.equal(run(model, ids, assistant_model=model.detach()), expected)
 
 

@@ -66,7 +66,10 @@ def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfi
     if len(cache.layers) == num_base:
         if cache.get_seq_length() > 0:
             raise ConfigError(_ONE_SIDED)
+        is_recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
         cache.layers.extend(_new_layers(cache, shadow))
+        if is_recording:  # assisted decoding asked the layers there were, before the shadow's
+            cache.activate_past_recording()
     if len(cache.layers) != num_base + num_shadow:
         raise ConfigError(
             f"the cache has {len(cache.layers)} layers; expected {num_base} (the base's) or {num_base + num_shadow} "
