@@ -2,12 +2,14 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
@@ -96,6 +98,36 @@ def test_generation_continues_from_a_returned_cache(model_type):
     more = torch.cat([first.sequences, tokens(2, 3, seed=9)], 1)
     continued = run(model, more, **{CACHE: first.past_key_values})
     assert torch.equal(continued, run(model, more, use_cache=False))
+
+
+class _NoStream(nullcontext):
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize(("model_type", "only_non_sliding"), [("llama", False), ("gemma3_text", True), ("gemma3_text", False)])
+@pytest.mark.parametrize("options", [{}, {"speculative": 2}])
+def test_an_offloaded_cache_has_every_layer_back_before_it_is_used(monkeypatch, model_type, only_non_sliding, options):
+    """The host is another dtype here, with which attention fails as with another device; streams need a GPU."""
+    model, ids, moved = adapted(model_type), tokens(), []
+    expected = run(model, ids)
+
+    def offload(layer):
+        moved.append(layer)
+        layer.keys, layer.values = layer.keys.to(torch.complex128), layer.values.to(torch.complex128)
+
+    def prefetch(layer):
+        if layer.is_initialized and layer.keys.is_complex():
+            layer.keys, layer.values = layer.keys.real, layer.values.real
+
+    for kind in (DynamicLayer, DynamicSlidingWindowLayer):
+        monkeypatch.setattr(kind, "offload", offload)
+        monkeypatch.setattr(kind, "prefetch", prefetch)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: _NoStream())
+    cache = DynamicCache(config=model.config)
+    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, only_non_sliding, _NoStream()
+    assert torch.equal(run(model, ids, **{CACHE: cache}, **options), expected)
+    assert moved and not set(moved) & set(cache.layers[4:])
 
 
 @torch.no_grad()
