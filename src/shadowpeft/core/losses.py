@@ -149,7 +149,7 @@ def sequence_classification_loss(
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.to(logits.device)
-    kind = problem_type or _problem_type(logits, labels)
+    kind = problem_type or problem_type_of(logits.shape[-1], labels)
     if kind == "single_label_classification":
         total = F.cross_entropy(
             logits, labels.view(-1), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
@@ -165,9 +165,9 @@ def sequence_classification_loss(
     return each.mean() if num_items is None else each.sum() / num_items
 
 
-def _problem_type(logits: Tensor, labels: Tensor) -> str:
+def problem_type_of(num_labels: int, labels: Tensor) -> str:
     """What transformers takes a problem for whose config does not say it."""
-    if logits.shape[-1] == 1:
+    if num_labels == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 

@@ -19,6 +19,7 @@ from shadowpeft.core.losses import (
     last_token,
     next_token_labels,
     pool_last_token,
+    problem_type_of,
     sequence_classification_loss,
     shared_head_losses,
 )
@@ -274,8 +275,11 @@ class ShadowModelForSequenceClassification(ShadowModel):
         """One pass; logits [B, C] are read at the last token that is not padding, on either side.
 
         Arguments as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` are [B] or [B, C], read as the base's
-        ``config.problem_type`` says.
+        ``config.problem_type`` says. Where it says nothing, the first labels do, for good, as in transformers: what is saved,
+        detached or put into a pipeline has to know it too.
         """
+        if labels is not None and self.config.problem_type is None:
+            self.config.problem_type = problem_type_of(self.config.num_labels, labels)
         smoothing = kwargs.pop("label_smoothing", 0.0)  # not in the signature, as there
         options: Any = {"problem_type": self.config.problem_type, "label_smoothing": smoothing}
         inputs: dict[str, Any] = dict(
