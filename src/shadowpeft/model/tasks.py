@@ -11,7 +11,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.head_loss import IGNORE, HeadLosses, LossSpec
+from shadowpeft.core.head_loss import IGNORE, LossSpec
 from shadowpeft.core.lean import lean_graph
 from shadowpeft.core.losses import (
     causal_lm_loss,
@@ -116,10 +116,15 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             output_logits: whether to return logits. They cost more memory than anything else in a training step, so by
                 default they are left out in training mode with labels, and returned otherwise. The base alone always has them.
             label_smoothing: by keyword; share of every target that is spread evenly over the vocabulary, in both losses.
+            shift_labels: by keyword; [B, T], beside ``labels`` and in place of them, if they are moved already.
+
+        Raises:
+            ConfigError: an ``ignore_index`` other than -100, or what a call of the base alone cannot give.
         """
         # Not in the signature: transformers' Trainer takes every parameter with "label" in its name for a column of labels,
         # and evaluates without a loss where the batch lacks it.
-        label_smoothing = kwargs.pop("label_smoothing", 0.0)
+        label_smoothing, shift_labels = kwargs.pop("label_smoothing", 0.0), kwargs.pop("shift_labels", None)
+        moved = {} if shift_labels is None else {"shift_labels": shift_labels}
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -134,15 +139,17 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             refuse_without_shadow(output_shadow_logits, output_logits)
             inputs |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep, CACHE: past_key_values}
             if labels is not None and label_smoothing:
-                loss = partial(causal_lm_loss, labels=labels, num_items=num_items_in_batch, label_smoothing=label_smoothing)
-                return _base_with_loss(self.base, inputs, loss, return_dict)
-            options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items_in_batch}
+                refuse_ignore_index(kwargs)
+                smooth: Any = {"num_items": num_items_in_batch, "label_smoothing": label_smoothing} | moved
+                return _base_with_loss(self.base, inputs, partial(causal_lm_loss, labels=labels, **smooth), return_dict)
+            options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items_in_batch, **moved}
             return self.base(return_dict=return_dict, **inputs, **options)
+        refuse_ignore_index(kwargs)
         if output_logits is None:
             output_logits = labels is None or not self.training
         last_block = None
         if labels is not None and not output_logits:
-            last_block = self._last_block_at(next_token_labels(labels) != IGNORE, kwargs)
+            last_block = self._last_block_at(next_token_labels(labels, shift_labels) != IGNORE, kwargs)
         with lean_graph():
             output, initial = self._run_attached(
                 network,
@@ -155,7 +162,8 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         hidden = output.last_hidden_state
         losses = None
         if labels is not None:
-            losses = self._losses(network.config, hidden, initial, labels, num_items_in_batch, label_smoothing)
+            spec = self.loss_spec(network.config, label_smoothing)
+            losses = shared_head_losses(spec, head_of(self.base), hidden, initial, labels, num_items_in_batch, **moved)
         result = ShadowCausalLMOutput(
             loss=None if losses is None else losses.total,
             logits=self.lm_logits(hidden[:, kept]) if output_logits else None,
@@ -239,19 +247,6 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             temperature=config.distillation_temperature,
         )
 
-    def _losses(
-        self,
-        config: ShadowConfig,
-        hidden: Tensor,
-        initial: Tensor,
-        labels: Tensor,
-        num_items: Tensor | int | None,
-        label_smoothing: float,
-    ) -> HeadLosses:
-        """All terms of the loss, behind the head that base and shadow share."""
-        spec = self.loss_spec(config, label_smoothing)
-        return shared_head_losses(spec, head_of(self.base), hidden, initial, labels, num_items)
-
 
 class ShadowModelForSequenceClassification(ShadowModel):
     """A frozen decoder with a classification head, adapted by a shadow; both heads are trained."""
@@ -297,8 +292,10 @@ class ShadowModelForSequenceClassification(ShadowModel):
             inputs |= {CACHE: past_key_values, "use_cache": use_cache}
             if labels is None or not smoothing:
                 return self.base(labels=labels, return_dict=return_dict, **inputs)
+            refuse_ignore_index(kwargs)
             loss = partial(sequence_classification_loss, labels=labels, num_items=num_items_in_batch, **options)
             return _base_with_loss(self.base, inputs, loss, return_dict)
+        refuse_ignore_index(kwargs)
         given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
         mask = self._padding_mask(given, input_ids, attention_mask)
         if labels is not None and given is not None:
@@ -361,6 +358,13 @@ def refuse_rows(kwargs: dict[str, Any]) -> None:
     """Raises AdapterError for PEFT's ``adapter_names``: an adapter for each row, which this model does not have."""
     if kwargs.get("adapter_names") is not None:
         raise AdapterError("adapter_names is not supported: a call uses one adapter; pass adapter=NAME for each group")
+
+
+def refuse_ignore_index(kwargs: dict[str, Any]) -> None:
+    """Raises ConfigError for an ``ignore_index`` of transformers' losses that these losses do not have."""
+    value = kwargs.get("ignore_index", IGNORE)
+    if value != IGNORE:
+        raise ConfigError(f"ignore_index={value} is not supported: labels that are {IGNORE} are left out; write {IGNORE} there")
 
 
 def refuse_without_shadow(output_shadow_logits: bool, output_logits: bool | None = None) -> None:
