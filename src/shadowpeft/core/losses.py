@@ -94,8 +94,8 @@ def shared_head_losses(
     """
     needs_shadow = spec.shadow_weight > 0 or spec.distillation_weight > 0
     if not is_plain_linear(head):
-        initial = initial if needs_shadow else None
-        return _losses_through(spec, head, hidden, initial, labels, num_items, shift_labels)
+        state = initial if needs_shadow else None
+        return _losses_through(spec, head, hidden, state, labels, num_items, shift_labels)
     hidden = hidden.to(head.weight.device)  # type: ignore[arg-type]
     targets = next_token_labels(labels, shift_labels).to(hidden.device).reshape(-1)
     width = hidden.shape[-1]

@@ -274,7 +274,7 @@ class ShadowModelForSequenceClassification(ShadowModel):
         detached or put into a pipeline has to know it too.
         """
         if labels is not None and self.config.problem_type is None:
-            self.config.problem_type = problem_type_of(self.config.num_labels, labels)
+            self.config.problem_type = problem_type_of(self.config.num_labels, labels)  # type: ignore[assignment]
         smoothing = kwargs.pop("label_smoothing", 0.0)  # not in the signature, as there
         options: Any = {"problem_type": self.config.problem_type, "label_smoothing": smoothing}
         inputs: dict[str, Any] = dict(
