@@ -163,7 +163,8 @@ def load_adapter(
     _check_belongs(described["base"], base, folder, allow_other_weights=allow_other_weights)
     tensors = read_tensors(folder / WEIGHTS_FILE, described[DIGEST])
     if SHARED_KEY in described:
-        tensors |= shared.fetch(base, config, described[SHARED_KEY], str(folder))
+        known = described["base"]["fingerprint"] or {}
+        tensors |= shared.fetch(base, config, described[SHARED_KEY], str(folder), known=known)
     # The backbone is built from its own config: the sizes an implicit shadow was asked to have are not read again.
     steps = {"r": config.r, "update_hidden_size": config.update_hidden_size}
     check_sizes({"shadow": steps, "backbone": described["backbone"]}, base, tensors, folder / CONFIG_FILE)
