@@ -445,6 +445,12 @@ def test_the_card_names_the_base_but_no_path_of_this_machine(tmp_path):
     base.name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "local")
     assert str(tmp_path) not in (tmp_path / "local/README.md").read_text()
+    for name, title in (("", "(not named)"), ("embedded", "embedded"), ("a/folder/elsewhere", "elsewhere")):
+        base.name_or_path = name
+        model.save_pretrained(tmp_path / title)
+        card = (tmp_path / title / "README.md").read_text()
+        assert "base_model:" not in card, "the hub would look for it"
+        assert f"# ShadowPEFT adapter for {title}\n" in card
 
 
 def content(folder):
