@@ -403,9 +403,11 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads the three files of an adapter folder; returns the commit's address."""
+    """Uploads the three files of an adapter folder, to a branch that is made if need be; returns the commit's address."""
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/pr"):  # a pull request has a branch already
+        api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder.expanduser(),
