@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from models import randomise, tiny_base, tiny_config, tokens
+from models import MIXTURES, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ConfigError
 
@@ -55,3 +55,19 @@ def test_another_number_for_labels_that_are_left_out_is_refused(labels):
     for options in ({}, {"adapter": "__base__", "label_smoothing": 0.1}):
         with pytest.raises(ConfigError, match=r"ignore_index=0 is not supported.*-100"):
             model(ids, labels=targets, ignore_index=0, **options)
+
+
+@pytest.mark.parametrize("model_type", sorted(MIXTURES))
+def test_router_logits_are_returned_and_their_balance_is_no_part_of_the_loss_unsaid(model_type):
+    model, ids = get_shadow_model(tiny_base(model_type), tiny_config()), tokens()
+    expected, plain = model.base(ids, output_router_logits=True).router_logits, model(ids, labels=ids).loss
+    assert_close(model(ids, output_router_logits=True).router_logits, expected)
+    assert model(ids).router_logits is None
+    calls = {"asked": {"output_router_logits": True}, "by its config": {}}
+    for where, options in calls.items():
+        model.config.output_router_logits = where == "by its config"
+        for more in ({}, {"adapter": "__base__", "label_smoothing": 0.1}):
+            with pytest.raises(ConfigError, match=r"beside labels.*config\.output_router_logits=False"):
+                model(ids, labels=ids, **options, **more)
+    assert_close(model(ids).router_logits, expected)
+    assert_close(model(ids, labels=ids, output_router_logits=False).loss, plain)

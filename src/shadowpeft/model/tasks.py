@@ -23,10 +23,10 @@ from shadowpeft.core.losses import (
     sequence_classification_loss,
     shared_head_losses,
 )
-from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model.architectures import architecture_of, decoder_of, head_of, rope_border
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE, one_cache
+from shadowpeft.model.refusals import refuse_ignore_index, refuse_other_losses, refuse_rows, refuse_without_shadow
 from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.wrapper import ShadowModel
 
@@ -44,12 +44,14 @@ class ShadowCausalLMOutput(CausalLMOutputWithPast):
         main_loss, shadow_loss, distillation_loss: its parts, unweighted and without gradient.
         logits: [B, T, V]; None in training mode with labels, unless ``output_logits=True``.
         shadow_logits: [B, T, V], only with ``output_shadow_logits=True``.
+        router_logits: of a mixture's blocks, each [B * T, experts]; only with ``output_router_logits=True``, without labels.
     """
 
     main_loss: Tensor | None = None
     shadow_loss: Tensor | None = None
     distillation_loss: Tensor | None = None
     shadow_logits: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -119,7 +121,8 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             shift_labels: by keyword; [B, T], beside ``labels`` and in place of them, if they are moved already.
 
         Raises:
-            ConfigError: an ``ignore_index`` other than -100, or what a call of the base alone cannot give.
+            ConfigError: an ``ignore_index`` other than -100 or a mixture's router logits beside labels, or what a call of the
+                base alone cannot give.
         """
         # Not in the signature: transformers' Trainer takes every parameter with "label" in its name for a column of labels,
         # and evaluates without a loss where the batch lacks it.
@@ -139,12 +142,13 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             refuse_without_shadow(output_shadow_logits, output_logits)
             inputs |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep, CACHE: past_key_values}
             if labels is not None and label_smoothing:
-                refuse_ignore_index(kwargs)
+                refuse_other_losses(self.config, kwargs)
                 smooth: Any = {"num_items": num_items_in_batch, "label_smoothing": label_smoothing} | moved
                 return _base_with_loss(self.base, inputs, partial(causal_lm_loss, labels=labels, **smooth), return_dict)
             options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items_in_batch, **moved}
             return self.base(return_dict=return_dict, **inputs, **options)
-        refuse_ignore_index(kwargs)
+        if labels is not None:
+            refuse_other_losses(self.config, kwargs)
         if output_logits is None:
             output_logits = labels is None or not self.training
         last_block = None
@@ -174,6 +178,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             shadow_loss=None if losses is None else losses.shadow,
             distillation_loss=None if losses is None else losses.distillation,
             shadow_logits=self.lm_logits(initial[:, kept]) if output_shadow_logits else None,
+            router_logits=output.get("router_logits"),
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -352,30 +357,6 @@ def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: 
         AdapterError: it already carries a shadow or is a PEFT model, or the name is not usable as one.
     """
     return task_model_class(base)(base, config, adapter_name)
-
-
-def refuse_rows(kwargs: dict[str, Any]) -> None:
-    """Raises AdapterError for PEFT's ``adapter_names``: an adapter for each row, which this model does not have."""
-    if kwargs.get("adapter_names") is not None:
-        raise AdapterError("adapter_names is not supported: a call uses one adapter; pass adapter=NAME for each group")
-
-
-def refuse_ignore_index(kwargs: dict[str, Any]) -> None:
-    """Raises ConfigError for an ``ignore_index`` of transformers' losses that these losses do not have."""
-    value = kwargs.get("ignore_index", IGNORE)
-    if value != IGNORE:
-        raise ConfigError(f"ignore_index={value} is not supported: labels that are {IGNORE} are left out; write {IGNORE} there")
-
-
-def refuse_without_shadow(output_shadow_logits: bool, output_logits: bool | None = None) -> None:
-    """Raises ConfigError for what a call of the base alone cannot give: the shadow's logits, or a loss without logits."""
-    if output_shadow_logits:
-        raise ConfigError(
-            "output_shadow_logits=True asks for the shadow's logits, but this call uses the base alone; leave it out, or call "
-            "with an adapter"
-        )
-    if output_logits is False:
-        raise ConfigError("output_logits=False is not for a call of the base alone, which always has logits; leave it out")
 
 
 def _base_with_loss(
