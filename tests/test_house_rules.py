@@ -26,6 +26,9 @@ CHANGES = {
     ("model/adapters.py", "AdaptedModel._register", "networks"): "adding an adapter, asked for by the user",
     ("model/adapters.py", "AdaptedModel.delete_adapter", "networks"): "deleting an adapter, asked for by the user",
     ("model/adapters.py", "AdaptedModel.unload", "_is_on_base"): "taking it off its base, asked for by the user",
+    ("model/tasks.py", "ShadowModelForSequenceClassification.forward", "config"): (
+        "the kind of problem, which its labels say once and for all, as in transformers' own classifiers"
+    ),
 }
 
 

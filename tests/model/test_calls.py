@@ -271,6 +271,22 @@ def test_a_base_whose_shadow_model_is_gone_can_be_adapted_again(copied):
     assert not torch.equal(again(ids).logits, base(ids).logits)
 
 
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda base: pickle.loads(pickle.dumps(base))])
+def test_a_copy_of_the_base_alone_can_be_adapted_and_a_copy_of_the_model_cannot_be_adapted_twice(copied):
+    model, ids = adapted(), tokens()
+    base, expected = copied(model.base), model(ids).logits
+    again = get_shadow_model(base, tiny_config())
+    assert all(len(block._forward_pre_hooks) == 1 for block in blocks_of(decoder_of(base)))
+    again.networks["default"].load_state_dict(model.network().state_dict())
+    assert torch.equal(again(ids).logits, expected)
+    assert torch.equal(model(ids).logits, expected)
+    for whole in (again, copied(model)):
+        with pytest.raises(AdapterError, match="already carries a shadow"):
+            get_shadow_model(whole.base, tiny_config())
+    assert torch.equal(again.unload()(ids).logits, tiny_base()(ids).logits)
+    copied(again)  # which has no hooks to take
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "opt"])
 @pytest.mark.parametrize("num_tokens", [101, 90])
 @pytest.mark.parametrize("through", ["model", "base"])

@@ -382,6 +382,9 @@ def uploads(monkeypatch):
             calls.append(("create", repo_id, options))
             return type("Repo", (), {"repo_id": "me/" + repo_id})
 
+        def create_branch(self, repo_id, **options):
+            calls.append(("branch", repo_id, options))
+
         def upload_folder(self, *, repo_id, folder_path, allow_patterns, **options):
             calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir()), options))
             return type("Commit", (), {"commit_url": "address of the commit"})
@@ -404,10 +407,19 @@ def test_an_upload_while_saving_is_as_private_and_goes_where_it_was_told(saved, 
     folder, model = saved
     options = {"commit_message": "better", "revision": "v2", "create_pr": True}
     model.save_pretrained(folder, push_to_hub=True, token="secret", private=True, max_shard_size="1GB", **options)
-    assert uploads == [("token", "secret"), ("create", "adapter", {"private": True, "exist_ok": True}), uploaded(**options)]
+    create = ("create", "adapter", {"private": True, "exist_ok": True})
+    branch = ("branch", "me/adapter", {"branch": "v2", "exist_ok": True})
+    assert uploads == [("token", "secret"), create, branch, uploaded(**options)]
     with pytest.raises(TypeError, match="privat"):
         model.save_pretrained(folder, push_to_hub=True, privat=True)
-    assert len(uploads) == 3
+    assert len(uploads) == 4
+
+
+def test_a_branch_is_made_before_it_is_pushed_to_but_not_that_of_a_pull_request(saved, uploads):
+    for revision in ("v2", "refs/pr/3"):
+        saved[1].push_to_hub("adapter", revision=revision)
+    kinds = [call[0] for call in uploads]
+    assert kinds == ["token", "create", "branch", "upload", "token", "create", "upload"]
 
 
 def test_an_argument_that_saving_does_not_have_is_refused_before_anything_is_written(saved, tmp_path):
@@ -445,6 +457,12 @@ def test_the_card_names_the_base_but_no_path_of_this_machine(tmp_path):
     base.name_or_path = str(tmp_path)
     model.save_pretrained(tmp_path / "local")
     assert str(tmp_path) not in (tmp_path / "local/README.md").read_text()
+    for name, title in (("", "(not named)"), ("embedded", "embedded"), ("a/folder/elsewhere", "elsewhere")):
+        base.name_or_path = name
+        model.save_pretrained(tmp_path / title)
+        card = (tmp_path / title / "README.md").read_text()
+        assert "base_model:" not in card, "the hub would look for it"
+        assert f"# ShadowPEFT adapter for {title}\n" in card
 
 
 def content(folder):

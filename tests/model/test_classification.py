@@ -1,11 +1,15 @@
+import json
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.testing import assert_close
+from transformers import AutoModelForSequenceClassification
 
 from models import randomise, tiny_base, tiny_config, tokens
-from shadowpeft import get_shadow_model
-from shadowpeft.errors import ConfigError
+from shadowpeft import ShadowModel, get_shadow_model
+from shadowpeft.errors import CheckpointError, ConfigError
 from shadowpeft.model.architectures import ARCHITECTURES
 from shadowpeft.model.cache import CACHE
 
@@ -82,8 +86,55 @@ def test_a_fresh_classifiers_loss_is_the_bases_own_for_every_kind_of_problem(lab
     base.config.problem_type = problem
     model = get_shadow_model(base, tiny_config(task_type="SEQ_CLS", adapter_dtype="float32"))
     found = model(ids, attention_mask=torch.ones_like(ids), labels=values).main_loss
-    assert base.config.problem_type == problem
+    assert problem is None or base.config.problem_type == problem
     assert_close(found, base(ids, attention_mask=torch.ones_like(ids), labels=values).loss)
+
+
+FLOATS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+PROBLEMS = [
+    (3, None, torch.tensor([0, 2]), "single_label_classification"),
+    (3, None, FLOATS, "multi_label_classification"),
+    (3, "regression", FLOATS, "regression"),
+    (1, None, torch.tensor([1.5, -2.0]), "regression"),
+]
+
+
+@pytest.mark.parametrize(("labels", "asked", "values", "problem"), PROBLEMS)
+@pytest.mark.parametrize("onto", ["its own base", "a given base"])
+def test_the_kind_of_problem_is_that_of_the_first_labels_and_is_saved_loaded_and_detached(
+    tmp_path, labels, asked, values, problem, onto
+):
+    source = tiny_base(labels=labels, dtype=torch.float32)
+    source.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    base.config.problem_type = asked
+    model = get_shadow_model(base, tiny_config(task_type="SEQ_CLS", adapter_dtype="float32")).eval()
+    randomise(model.network())
+    expected = model(tokens(), labels=values, output_shadow_logits=True)
+    assert model.config.problem_type == problem
+    model.save_pretrained(tmp_path / "adapter")
+    given = None if onto == "its own base" else AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    loaded = ShadowModel.from_pretrained(tmp_path / "adapter", given)
+    assert loaded.config.problem_type == problem
+    assert_close(loaded(tokens(), labels=values).loss, expected.loss)
+    detached = loaded.detach()
+    assert detached.config.problem_type == problem
+    assert_close(detached(tokens(), labels=values).loss, expected.shadow_loss)
+
+
+def test_an_adapter_that_does_not_say_its_kind_of_problem_loads_and_one_that_says_nonsense_does_not(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "shadow_config.json"
+    described = json.loads(path.read_text())
+    for value, is_right in (("multi_label_classification", True), (["regression"], False), ("clustering", False)):
+        described["base"]["problem_type"] = value
+        path.write_text(json.dumps(described))
+        with nullcontext() if is_right else pytest.raises(CheckpointError, match=r"base\.problem_type"):
+            assert ShadowModel.from_pretrained(tmp_path, tiny_base(labels=3)).config.problem_type == value
+    del described["base"]["problem_type"]
+    path.write_text(json.dumps(described))
+    assert ShadowModel.from_pretrained(tmp_path, tiny_base(labels=3)).config.problem_type is None
 
 
 def test_two_adapters_keep_heads_of_their_own():

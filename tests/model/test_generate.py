@@ -2,16 +2,19 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from torch.testing import assert_close
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.errors import ConfigError
+from shadowpeft.generate.rollback import CAN_DRAFT_IN_WINDOWS
 from shadowpeft.model.cache import CACHE
 
 NEW = 10
@@ -97,6 +100,36 @@ def test_generation_continues_from_a_returned_cache(model_type):
     assert torch.equal(continued, run(model, more, use_cache=False))
 
 
+class _NoStream(nullcontext):
+    def wait_stream(self, other):
+        pass
+
+
+@pytest.mark.parametrize(("model_type", "only_non_sliding"), [("llama", False), ("gemma3_text", True), ("gemma3_text", False)])
+@pytest.mark.parametrize("options", [{}, {"speculative": 2}])
+def test_an_offloaded_cache_has_every_layer_back_before_it_is_used(monkeypatch, model_type, only_non_sliding, options):
+    """The host is another dtype here, with which attention fails as with another device; streams need a GPU."""
+    model, ids, moved = adapted(model_type), tokens(), []
+    expected = run(model, ids)
+
+    def offload(layer):
+        moved.append(layer)
+        layer.keys, layer.values = layer.keys.to(torch.complex128), layer.values.to(torch.complex128)
+
+    def prefetch(layer):
+        if layer.is_initialized and layer.keys.is_complex():
+            layer.keys, layer.values = layer.keys.real, layer.values.real
+
+    for kind in (DynamicLayer, DynamicSlidingWindowLayer):
+        monkeypatch.setattr(kind, "offload", offload)
+        monkeypatch.setattr(kind, "prefetch", prefetch)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: _NoStream())
+    cache = DynamicCache(config=model.config)
+    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, only_non_sliding, _NoStream()
+    assert torch.equal(run(model, ids, **{CACHE: cache}, **options), expected)
+    assert moved and not set(moved) & set(cache.layers[4:])
+
+
 @torch.no_grad()
 def test_a_chunked_prefill_equals_one_pass():
     model, ids = adapted("qwen3"), tokens(2, 9)
@@ -121,6 +154,16 @@ def test_prompt_lookup_and_assisted_decoding_equal_greedy():
         model, ids = adapted(model_type), tokens(1, 9)
         expected = run(model, ids)
         assert torch.equal(run(model, ids, prompt_lookup_num_tokens=2), expected)
+        assert torch.equal(run(model, ids, assistant_model=model.detach()), expected)
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "gpt_oss"])
+def test_prompt_lookup_and_assisted_decoding_take_a_shadow_past_its_window(model_type):
+    model, ids = adapted(model_type, shadow_layer_types="base"), tokens(1, 9)
+    assert ids.shape[1] > model.config.sliding_window
+    expected = run(model, ids)
+    assert torch.equal(run(model, ids, prompt_lookup_num_tokens=3), expected)
+    if CAN_DRAFT_IN_WINDOWS:  # the assistant is a windowed model too, which transformers drafts with in the same way
         assert torch.equal(run(model, ids, assistant_model=model.detach()), expected)
 
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from models import tiny_base
+from models import tiny_base, tiny_config
+from shadowpeft import get_shadow_model
 from shadowpeft.errors import ArchitectureError
+from shadowpeft.model.pretrained import PROJECTION_FILE, PROJECTION_KEY
 from shadowpeft.model.projection import projection_between, solve_projection
 
 
@@ -105,3 +108,13 @@ def test_a_small_model_behind_a_large_enough_head_keeps_its_logits():
 def test_a_head_with_a_bias_is_refused():
     with pytest.raises(ArchitectureError, match="has a bias"):
         projection_between(tiny_base("phi"), tiny_base())
+
+
+def test_a_square_projection_is_not_dropped_unless_it_does_nothing(tmp_path):
+    tiny_base("qwen3", dtype=torch.float32).save_pretrained(tmp_path)
+    config = tiny_config(shadow_model=str(tmp_path))
+    save_file({PROJECTION_KEY: torch.eye(32)}, tmp_path / PROJECTION_FILE)
+    assert get_shadow_model(tiny_base(), config).network().projection is None
+    save_file({PROJECTION_KEY: torch.eye(32).flip(0).contiguous()}, tmp_path / PROJECTION_FILE)
+    with pytest.raises(ArchitectureError, match=r"as wide as this base \(32\) and was trained with a projection"):
+        get_shadow_model(tiny_base(), config)

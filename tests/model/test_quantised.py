@@ -185,3 +185,18 @@ def test_blocks_of_packed_integers_cannot_become_a_shadow():
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
     with pytest.raises(ArchitectureError, match=r"up_proj.weight of the base is quantised as torch.int8"):
         get_shadow_model(base, tiny_config(shadow_model="base:first:2"))
+
+
+@needs_torchao
+def test_shared_blocks_are_not_taken_from_between_a_quantised_and_a_full_base(folder, tmp_path):
+    fields = {"shadow_model": "base:last:1", "freeze_backbone": True, "adapter_dtype": "float32"}
+    bases = {"full": lambda: full(folder), "few bits": lambda: quantised(folder, "int8")}
+    for name, make in bases.items():
+        get_shadow_model(make(), tiny_config(**fields)).save_pretrained(tmp_path / name, share_backbone=True)
+    for saved in bases:
+        for name, make in bases.items():
+            if name == saved:
+                ShadowModel.from_pretrained(tmp_path / saved, make())
+                continue
+            with pytest.raises(CheckpointError, match=r"load the base unquantised.*or save the adapter without share_backbone"):
+                ShadowModel.from_pretrained(tmp_path / saved, make())

@@ -65,6 +65,21 @@ def test_blocks_of_the_base_itself_are_left_out_too(tmp_path):
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_blocks_of_the_base_are_taken_in_the_dtype_it_is_loaded_in(tmp_path, dtype):
+    base = tiny_base(dtype=torch.float32)
+    model = task_adapter("base:last:2", base=base, freeze_backbone=True, adapter_dtype="float32")
+    model.save_pretrained(tmp_path / "saved", share_backbone=True)
+    cast = tiny_base(dtype=torch.float32).to(dtype)
+    loaded = ShadowModel.from_pretrained(tmp_path / "saved", cast)
+    found, blocks = loaded.network().backbone.layers[-1].state_dict(), cast.model.layers[-1].state_dict()
+    assert all(torch.equal(tensor, blocks[name].float()) for name, tensor in found.items())
+    other = tiny_base(dtype=torch.float32)
+    randomise(other)
+    with pytest.raises(CheckpointError, match="fingerprinted tensors differ"):
+        ShadowModel.from_pretrained(tmp_path / "saved", other.to(dtype))
+
+
 def test_a_shadow_that_moved_is_found_where_it_is_now(pretrained, tmp_path):
     model = task_adapter(str(pretrained), freeze_backbone=True)
     model.save_pretrained(tmp_path / "saved", share_backbone=True)

@@ -1,5 +1,7 @@
 """Losses for both paths; main and auxiliary loss always share one normaliser."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,13 +11,25 @@ from shadowpeft.core.lean import PLAIN
 from shadowpeft.errors import ConfigError
 
 
-def next_token_labels(labels: Tensor) -> Tensor:
-    """Labels [B, T] moved one to the left, so that position t carries the token after it; the last is ignored."""
+def next_token_labels(labels: Tensor, shift_labels: Tensor | None = None) -> Tensor:
+    """Labels [B, T] moved one to the left, so that position t carries the token after it; the last is ignored.
+
+    Args:
+        shift_labels: [B, T], where the caller has moved them: with a row cut over several processes (context parallelism), the
+            token after the last one here is on another.
+    """
+    if shift_labels is not None:
+        return shift_labels
     return F.pad(labels[..., 1:], (0, 1), value=IGNORE)
 
 
 def causal_lm_loss(
-    logits: Tensor, labels: Tensor, num_items: Tensor | int | None = None, *, label_smoothing: float = 0.0
+    logits: Tensor,
+    labels: Tensor,
+    num_items: Tensor | int | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    shift_labels: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of the next token (Eq. 8, either term).
 
@@ -25,11 +39,12 @@ def causal_lm_loss(
         num_items: labels of the whole optimizer step; the sum is divided by it, so that gradient
             accumulation does not change the weight of either loss. None: labels of this batch.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
+        shift_labels: as in :func:`next_token_labels`.
 
     Returns:
         A scalar in fp32 or wider. Zero (not NaN) where no position carries a label.
     """
-    targets = next_token_labels(labels).to(logits.device).view(-1)
+    targets = next_token_labels(labels, shift_labels).to(logits.device).reshape(-1)
     logits = logits.view(-1, logits.shape[-1])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     total = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing)
@@ -43,6 +58,7 @@ def distillation_loss(
     num_items: Tensor | int | None = None,
     *,
     temperature: float = 1.0,
+    shift_labels: Tensor | None = None,
 ) -> Tensor:
     """``T^2 KL(teacher || student)`` of the next-token distributions, softened by ``temperature``.
 
@@ -51,7 +67,7 @@ def distillation_loss(
     Args:
         teacher, student: logits [B, T, V]. The others as there.
     """
-    targets = next_token_labels(labels).to(student.device).view(-1)
+    targets = next_token_labels(labels, shift_labels).to(student.device).reshape(-1)
     wide = torch.float64 if student.dtype == torch.float64 else torch.float32
     target = torch.log_softmax(teacher.detach().to(wide) / temperature, -1)
     guess = torch.log_softmax(student.to(wide) / temperature, -1)
@@ -66,19 +82,22 @@ def shared_head_losses(
     initial: Tensor,
     labels: Tensor,
     num_items: Tensor | int | None = None,
+    *,
+    shift_labels: Tensor | None = None,
 ) -> HeadLosses:
     """Main, shadow and distillation loss behind one head, with no logits kept where the head is a plain linear map.
 
     Args:
         head: of base and shadow, frozen or trained.
         hidden, initial: the attached model's last hidden states and s(0), [B, T, d].
-        labels, num_items: as in :func:`causal_lm_loss`.
+        labels, num_items, shift_labels: as in :func:`causal_lm_loss`.
     """
     needs_shadow = spec.shadow_weight > 0 or spec.distillation_weight > 0
     if not is_plain_linear(head):
-        return _losses_through(spec, head, hidden, initial if needs_shadow else None, labels, num_items)
+        state = initial if needs_shadow else None
+        return _losses_through(spec, head, hidden, state, labels, num_items, shift_labels)
     hidden = hidden.to(head.weight.device)  # type: ignore[arg-type]
-    targets = next_token_labels(labels).to(hidden.device).reshape(-1)
+    targets = next_token_labels(labels, shift_labels).to(hidden.device).reshape(-1)
     width = hidden.shape[-1]
     return head_losses(
         spec,
@@ -105,17 +124,21 @@ def _losses_through(
     initial: Tensor | None,
     labels: Tensor,
     num_items: Tensor | int | None,
+    shift_labels: Tensor | None,
 ) -> HeadLosses:
     """The same losses through whatever ``head`` is, with logits kept for backward."""
+    entropy = partial(causal_lm_loss, label_smoothing=spec.label_smoothing, shift_labels=shift_labels)
     logits = spec.finish(head(hidden))
-    total = main = causal_lm_loss(logits, labels, num_items, label_smoothing=spec.label_smoothing)
+    total = main = entropy(logits, labels, num_items)
     shadow = distillation = None
     if initial is not None:
         guess = spec.finish(head(initial))
-        shadow = causal_lm_loss(guess, labels, num_items, label_smoothing=spec.label_smoothing)
+        shadow = entropy(guess, labels, num_items)
         total = combine(main, shadow, spec.shadow_weight)
         if spec.distillation_weight > 0:
-            distillation = distillation_loss(logits, guess, labels, num_items, temperature=spec.temperature)
+            distillation = distillation_loss(
+                logits, guess, labels, num_items, temperature=spec.temperature, shift_labels=shift_labels
+            )
             total = combine(total, distillation, spec.distillation_weight)
     return HeadLosses(total, main.detach(), _plain(shadow), _plain(distillation))
 
@@ -149,7 +172,7 @@ def sequence_classification_loss(
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     labels = labels.to(logits.device)
-    kind = problem_type or _problem_type(logits, labels)
+    kind = problem_type or problem_type_of(logits.shape[-1], labels)
     if kind == "single_label_classification":
         total = F.cross_entropy(
             logits, labels.view(-1), ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
@@ -165,9 +188,9 @@ def sequence_classification_loss(
     return each.mean() if num_items is None else each.sum() / num_items
 
 
-def _problem_type(logits: Tensor, labels: Tensor) -> str:
+def problem_type_of(num_labels: int, labels: Tensor) -> str:
     """What transformers takes a problem for whose config does not say it."""
-    if logits.shape[-1] == 1:
+    if num_labels == 1:
         return "regression"
     return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from shadowpeft.errors import ConfigError
 from shadowpeft.evaluate.score import Evaluation, evaluate
 from shadowpeft.model import ShadowModel
+from shadowpeft.model.build import frozen_parts
 from shadowpeft.train.tasks import Task
 
 MODES = ("base", "attached", "detached")
@@ -62,12 +63,15 @@ def check_modes(modes: Iterable[str]) -> tuple[str, ...]:
 
 
 def parameters_in_use(model: ShadowModel) -> dict[str, int]:
-    """Trained parameters at work in each mode: none, the whole network, the network without its steps."""
+    """Trained parameters at work in each mode: none, those of the network, those of the network without its steps."""
     network = model.network()
+    # By the config: a loaded adapter is frozen as a whole, and was trained all the same.
+    frozen = {id(p) for part in frozen_parts(network) for p in part.parameters()}
+    attached = sum(p.numel() for p in network.parameters() if id(p) not in frozen)
     steps = sum(
         p.numel()
         for part in (network.injections, network.updates, network.update_norm, network.head)
         if part is not None
         for p in part.parameters()
     )
-    return {"base": 0, "attached": network.num_parameters(), "detached": network.num_parameters() - steps}
+    return {"base": 0, "attached": attached, "detached": attached - steps}

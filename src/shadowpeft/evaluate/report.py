@@ -7,9 +7,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from shadowpeft.evaluate.modes import MODES
 from shadowpeft.evaluate.score import Evaluation
-
-MODES = ("base", "attached", "detached")
 
 
 def results_table(scores: dict[str, Evaluation], parameters: dict[str, int], majority: float | None) -> Table:

@@ -11,21 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from shadowpeft.core.head_loss import LogitFinish
 from shadowpeft.errors import ArchitectureError, ConfigError
 
-
-def _plain(config: PreTrainedConfig) -> LogitFinish:
-    return LogitFinish()
-
-
-def _soft_capped(config: PreTrainedConfig) -> LogitFinish:
-    return LogitFinish(cap=config.final_logit_softcapping)
-
-
-def _multiplied(config: PreTrainedConfig) -> LogitFinish:
-    return LogitFinish(multiply=config.logit_scale)
-
-
-def _divided(config: PreTrainedConfig) -> LogitFinish:
-    return LogitFinish(divide=config.logits_scaling)
+# What a causal language model does to head(hidden), by the config field that says how strongly.
+_FINISHES: dict[str, Callable[[float | None], LogitFinish]] = {
+    "logit_scale": lambda value: LogitFinish(multiply=value or 1.0),
+    "logits_scaling": lambda value: LogitFinish(divide=value or 1.0),
+    "final_logit_softcapping": lambda value: LogitFinish(cap=value),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +28,7 @@ class Architecture:
         mlp_width: config fields that hold the MLP width (of every expert in a mixture).
         kv_heads: config field of the key/value heads, None where every query head has its own.
         head_dim: config field of the head width, None where it is always d / heads.
-        finish: what the causal language model does to ``head(hidden)``.
-        finish_field: config field that says how strongly, None where it does nothing.
+        finish_field: config field that says what the causal language model does to ``head(hidden)``, None if nothing.
         per_layer: config fields with one entry a block.
         embedding: the decoder's attribute that holds the token embedding.
     """
@@ -47,10 +37,12 @@ class Architecture:
     mlp_width: tuple[str, ...] = ("intermediate_size",)
     kv_heads: str | None = "num_key_value_heads"
     head_dim: str | None = "head_dim"
-    finish: Callable[[PreTrainedConfig], LogitFinish] = _plain
     finish_field: str | None = None
     per_layer: tuple[str, ...] = ("layer_types",)
     embedding: str = "embed_tokens"
+
+    def finish(self, config: PreTrainedConfig) -> LogitFinish:
+        return LogitFinish() if self.finish_field is None else _FINISHES[self.finish_field](getattr(config, self.finish_field))
 
     def finish_logits(self, config: PreTrainedConfig, logits: Tensor) -> Tensor:
         return self.finish(config)(logits)
@@ -64,12 +56,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": Architecture(),
     "qwen3_moe": Architecture(mlp_width=("intermediate_size", "moe_intermediate_size")),
     "gemma": Architecture(),
-    "gemma2": Architecture(finish=_soft_capped, finish_field="final_logit_softcapping"),
-    "gemma3_text": Architecture(finish=_soft_capped, finish_field="final_logit_softcapping"),
+    "gemma2": Architecture(finish_field="final_logit_softcapping"),
+    "gemma3_text": Architecture(finish_field="final_logit_softcapping"),
     "phi": Architecture(head_dim=None),
     "phi3": Architecture(head_dim=None),
     "olmo2": Architecture(head_dim=None),
-    "granite": Architecture(head_dim=None, finish=_divided, finish_field="logits_scaling"),
+    "granite": Architecture(head_dim=None, finish_field="logits_scaling"),
     "smollm3": Architecture(head_dim=None, per_layer=("layer_types", "no_rope_layers")),
     "gpt_neox": Architecture(kv_heads=None, head_dim=None, embedding="embed_in"),
     "gpt2": Architecture(blocks="h", mlp_width=("n_inner",), kv_heads=None, head_dim=None, embedding="wte"),
@@ -82,7 +74,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "stablelm": Architecture(head_dim=None),
     "starcoder2": Architecture(head_dim=None),
-    "cohere": Architecture(head_dim=None, finish=_multiplied, finish_field="logit_scale"),
+    "cohere": Architecture(head_dim=None, finish_field="logit_scale"),
     "gpt_oss": Architecture(),
 }
 
@@ -103,18 +95,10 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     return ARCHITECTURES[model_type]
 
 
-# What a causal language model does to head(hidden): config field -> (factor, cap) of its value.
-_FINISHES: dict[str, Callable[[float | None], tuple[float, float | None]]] = {
-    "logit_scale": lambda value: (value or 1.0, None),
-    "logits_scaling": lambda value: (1.0 / (value or 1.0), None),
-    "final_logit_softcapping": lambda value: (1.0, value),
-}
-
-
 def finish_of(config: PreTrainedConfig) -> tuple[float, float | None]:
     """(factor on the logits, their cap or None)."""
-    name = architecture_of(config).finish_field
-    return (1.0, None) if name is None else _FINISHES[name](getattr(config, name))
+    finish = architecture_of(config).finish(config)
+    return finish.multiply / finish.divide, finish.cap
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel:

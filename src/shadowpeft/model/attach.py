@@ -1,6 +1,7 @@
 """How a run reaches the blocks: one stateless forward pre-hook on each."""
 
 from typing import Any
+from weakref import ref
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -13,10 +14,19 @@ RUN_KEYWORD = "shadow_run"
 
 
 class StepHook:
-    """Takes the run out of a block's keywords and corrects the block's input; without a run it does nothing."""
+    """Takes the run out of a block's keywords and corrects the block's input; without a run it does nothing.
+
+    Attributes:
+        owner: the :class:`Hooks` that will remove it. A copy has none until a copy of the owner takes it, which a copy of the
+            base alone has not with it.
+    """
 
     def __init__(self, block_index: int) -> None:
         self.block_index = block_index
+        self.owner: ref[Hooks] | None = None
+
+    def __reduce__(self) -> tuple[type["StepHook"], tuple[int]]:
+        return StepHook, (self.block_index,)
 
     def __call__(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict] | None:
         run = kwargs.get(RUN_KEYWORD)
@@ -33,6 +43,13 @@ class Hooks:
 
     def __init__(self, handles: list[RemovableHandle]) -> None:
         self.handles = handles
+        for handle in handles:
+            hook = (handle.hooks_dict_ref() or {}).get(handle.id)
+            if hook is not None:  # else it was removed before the model was copied
+                hook.owner = ref(self)
+
+    def __reduce__(self) -> tuple[type["Hooks"], tuple[list[RemovableHandle]]]:
+        return Hooks, (self.handles,)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -42,8 +59,14 @@ class Hooks:
         self.remove()
 
 
+def _step_hooks(base: PreTrainedModel) -> list[tuple[nn.Module, int, StepHook]]:
+    """(block, key, hook) of all hooks on ``base``."""
+    found = [(block, key, hook) for block in blocks_of(decoder_of(base)) for key, hook in block._forward_pre_hooks.items()]
+    return [(block, key, hook) for block, key, hook in found if isinstance(hook, StepHook)]
+
+
 def is_attached(base: PreTrainedModel) -> bool:
-    return any(isinstance(hook, StepHook) for hook in blocks_of(decoder_of(base))[0]._forward_pre_hooks.values())
+    return any(hook.owner is not None and hook.owner() is not None for _, _, hook in _step_hooks(base))
 
 
 def attach(base: PreTrainedModel) -> Hooks:
@@ -57,6 +80,8 @@ def attach(base: PreTrainedModel) -> Hooks:
             "this base already carries a shadow model; give that model another adapter with add_adapter(name, config), "
             "or free the base first with unload()"
         )
+    for block, key, _ in _step_hooks(base):  # on a copy of a base, made without the model on it
+        del block._forward_pre_hooks[key], block._forward_pre_hooks_with_kwargs[key]
     return Hooks([
         block.register_forward_pre_hook(StepHook(index), with_kwargs=True)
         for index, block in enumerate(blocks_of(decoder_of(base)))

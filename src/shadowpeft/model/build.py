@@ -111,10 +111,16 @@ def copy_head(base: PreTrainedModel, network: ShadowNetwork) -> None:
 
 
 def set_trainable(network: ShadowNetwork, trainable: bool) -> None:
-    """Switches gradients of all weights, but for a shadow's own embedding table that is to stay frozen."""
+    """Switches gradients of all weights, but for what the config keeps frozen."""
     network.requires_grad_(trainable)
+    for part in frozen_parts(network):
+        part.requires_grad_(False)
+
+
+def frozen_parts(network: ShadowNetwork) -> list[nn.Module]:
+    """What training leaves as it is: a pretrained shadow, or its own token table."""
     config = network.config
-    if trainable and not config.is_implicit and not config.shares_embeddings and config.freeze_embeddings:
-        network.backbone.get_input_embeddings().requires_grad_(False)
     if config.freeze_backbone:
-        network.backbone.requires_grad_(False)
+        return [network.backbone]
+    has_frozen_table = not config.is_implicit and not config.shares_embeddings and config.freeze_embeddings
+    return [network.backbone.get_input_embeddings()] if has_frozen_table else []

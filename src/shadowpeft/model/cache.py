@@ -1,6 +1,7 @@
 """One cache for both paths: the shadow's layers sit behind the base's in the same ``Cache``.
 
-Crop, reorder, reset, repeat, select and offload then act on both paths, and ``generate`` needs no override.
+Crop, reorder, reset, repeat and select then act on both paths, and ``generate`` needs no override. Where the cache offloads,
+the shadow's few layers stay where they are computed.
 """
 
 from dataclasses import fields
@@ -66,7 +67,10 @@ def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfi
     if len(cache.layers) == num_base:
         if cache.get_seq_length() > 0:
             raise ConfigError(_ONE_SIDED)
+        is_recording = any(getattr(layer, "record_past", False) for layer in cache.layers)
         cache.layers.extend(_new_layers(cache, shadow))
+        if is_recording:  # assisted decoding asked the layers there were, before the shadow's
+            cache.activate_past_recording()
     if len(cache.layers) != num_base + num_shadow:
         raise ConfigError(
             f"the cache has {len(cache.layers)} layers; expected {num_base} (the base's) or {num_base + num_shadow} "
@@ -76,7 +80,11 @@ def shadow_view(cache: Cache, *, base: PreTrainedConfig, shadow: PreTrainedConfi
     # ahead, of what it drafts.
     if _static_length(cache) is None and cache.get_seq_length() > cache.get_seq_length(num_base):
         raise ConfigError(_ONE_SIDED)
-    view = _view(cache, num_base)
+    view = Cache(layers=cache.layers[num_base:])
+    if cache.offloading:
+        # Each layer's update fetches the one behind it. The base's first was fetched behind the base's last, where the shadow's
+        # are now; on the stream of the copies to the host, which it has to wait for.
+        cache.layers[0].prefetch()
     if not torch.compiler.is_compiling():  # where a note on the cache would be one more thing that a graph depends on
         _note(cache, view, identity)
     return view
@@ -111,11 +119,3 @@ def _new_layers(cache: Cache, shadow: PreTrainedConfig) -> list:
 def _static_length(cache: Cache) -> int | None:
     lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
     return max(lengths) if lengths else None
-
-
-def _view(cache: Cache, start: int) -> Cache:
-    view = Cache(layers=cache.layers[start:])
-    view.offloading = cache.offloading
-    if cache.offloading:
-        view.only_non_sliding, view.prefetch_stream = cache.only_non_sliding, cache.prefetch_stream
-    return view

@@ -4,19 +4,20 @@ from pathlib import Path
 from typing import Any
 
 from shadowpeft.core import ShadowNetwork
+from shadowpeft.model.bases import is_hub_name
 
 
 def model_card(described: dict[str, Any], network: ShadowNetwork) -> str:
     """A model card in the hub's format: what the adapter is, for which base, how to use it."""
     base, shadow = described["base"], described["shadow"]
-    name = base["name_or_path"] or "(not named)"
+    name = base["name_or_path"] or ""
     task = "text-classification" if base["num_labels"] else "text-generation"
-    is_local = not name or Path(name).exists() or name.startswith((".", "/"))
     header = ["---", "library_name: shadowpeft", f"pipeline_tag: {task}", "tags:", "- shadowpeft", "- adapter"]
-    if not is_local:
+    is_on_hub = is_hub_name(name)
+    if is_on_hub:  # the hub refuses a card that names another thing here
         header += [f"base_model: {name}", "base_model_relation: adapter"]
     trained = network.num_parameters()
-    shown = Path(name).name if is_local else name
+    shown = name if is_on_hub else Path(name).name or "(not named)"
     return "\n".join(
         [
             *header,

@@ -36,6 +36,9 @@ _BASE_KEYS = {
     "name_or_path", "revision", "architecture", "model_type", "num_blocks", "hidden_size", "vocab_size", "num_labels",
     "id2label", "fingerprint",
 }  # fmt: skip
+# Of classifiers, since their adapters say it; older ones do not.
+_PROBLEM = "problem_type"
+_PROBLEMS = ("regression", "single_label_classification", "multi_label_classification")
 
 
 def describe_base(base: PreTrainedModel) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def describe_base(base: PreTrainedModel) -> dict[str, Any]:
         **_shape_of(base),
         "id2label": {str(k): v for k, v in config.id2label.items()} if is_classifier(base) else None,
         "fingerprint": fingerprint(base),
+        **({_PROBLEM: config.problem_type} if is_classifier(base) else {}),
     }
 
 
@@ -159,12 +163,15 @@ def load_adapter(
     _check_belongs(described["base"], base, folder, allow_other_weights=allow_other_weights)
     tensors = read_tensors(folder / WEIGHTS_FILE, described[DIGEST])
     if SHARED_KEY in described:
-        tensors |= shared.fetch(base, config, described[SHARED_KEY], str(folder))
+        known = described["base"]["fingerprint"] or {}
+        tensors |= shared.fetch(base, config, described[SHARED_KEY], str(folder), known=known)
     # The backbone is built from its own config: the sizes an implicit shadow was asked to have are not read again.
     steps = {"r": config.r, "update_hidden_size": config.update_hidden_size}
     check_sizes({"shadow": steps, "backbone": described["backbone"]}, base, tensors, folder / CONFIG_FILE)
     network = _built(base, config, described["backbone"], folder / CONFIG_FILE)
     _fill(network, tensors, folder / WEIGHTS_FILE)
+    if base.config.problem_type is None:
+        base.config.problem_type = described["base"].get(_PROBLEM)
     return network
 
 
@@ -261,7 +268,7 @@ def _check_layout(described: dict[str, Any], path: Path) -> None:
     for part in ("shadow", "base", "backbone"):
         if not isinstance(described[part], dict):
             raise CheckpointError(f"{path}: {part!r} must be an object, not {type(described[part]).__name__}")
-    check_keys(described["base"], _BASE_KEYS, what=f"{path}: base")
+    check_keys(described["base"], _BASE_KEYS | {_PROBLEM}, what=f"{path}: base")
     missing = sorted(_BASE_KEYS - described["base"].keys())
     if missing:
         raise CheckpointError(f"{path}: base lacks {', '.join(missing)}; save the adapter again or fetch it anew")
@@ -286,6 +293,7 @@ def _check_values(described: dict[str, Any], path: Path) -> None:
         "base.fingerprint": all(_is_numbers(value) for value in values),
         "base.num_labels": type(base["num_labels"]) in (int, type(None)),
         "base.id2label": _is_labels(base["id2label"], base["num_labels"]),
+        f"base.{_PROBLEM}": base.get(_PROBLEM) in (None, *_PROBLEMS),
         SHARED_KEY: isinstance(left_out["tensors"], list) and all(isinstance(name, str) for name in left_out["tensors"]),
     }
     wrong = [name for name, ok in is_valid.items() if not ok]
@@ -354,6 +362,8 @@ def load_base(adapter: str | Path, hub_options: dict[str, Any], **base_options: 
     if not name:
         raise CheckpointError(f"the adapter in {adapter} does not name its base; load the base and pass it as base=")
     pinned = pinned_revision(described) if "revision" not in base_options else {}
+    if described.get(_PROBLEM):
+        base_options = {_PROBLEM: described[_PROBLEM]} | base_options
     try:
         return load_model(name, labels=label_names(described), **pinned, **base_options)
     except ArchitectureError as error:
@@ -393,9 +403,11 @@ def upload(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Uploads the three files of an adapter folder; returns the commit's address."""
+    """Uploads the three files of an adapter folder, to a branch that is made if need be; returns the commit's address."""
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None and not revision.startswith("refs/pr"):  # a pull request has a branch already
+        api.create_branch(repo.repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(
         repo_id=repo.repo_id,
         folder_path=folder.expanduser(),

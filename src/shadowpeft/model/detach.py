@@ -29,6 +29,7 @@ def detached_model(base: PreTrainedModel, network: ShadowNetwork) -> PreTrainedM
         config.pad_token_id = base.config.pad_token_id  # a classifier pools in front of it
     if is_classifier(base):
         config.id2label, config.label2id = base.config.id2label, base.config.label2id
+        config.problem_type = base.config.problem_type
     shared: Any = base.get_input_embeddings()
     detached = _empty(base, config)
     if scale == 1.0 and _is_tied(base, network, template=detached.get_input_embeddings()):

@@ -106,7 +106,8 @@ def load_projection(network: ShadowNetwork, source: str, **load_options: Any) ->
     """Starts the network's projection from the one trained with its shadow, where there is one.
 
     Raises:
-        ArchitectureError: it was made for a base of another width.
+        ArchitectureError: it was made for a base of another width, or turns the states of a shadow as wide as the base, which
+            has no projection to keep that in.
     """
     trained = read_projection(source, **load_options)
     if trained is None:
@@ -118,6 +119,11 @@ def load_projection(network: ShadowNetwork, source: str, **load_options: Any) ->
             f"the projection of the shadow {source!r} is {list(trained.shape)}, but this base needs "
             f"{[width, network.backbone.config.hidden_size]} (its width x the shadow's): it was pretrained for another "
             "base"
+        )
+    if own is None and not torch.allclose(trained.float(), torch.eye(width)):
+        raise ArchitectureError(
+            f"the shadow {source!r} is as wide as this base ({width}) and was trained with a projection, which a shadow of the "
+            "base's width does not have; take one of another width, or one that was pretrained without"
         )
     if own is not None and not own.weight.is_meta:
         own.weight.copy_(trained)

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import CheckpointError, ConfigError, ShadowPeftError
+from shadowpeft.model.architectures import architecture_of, decoder_of
 from shadowpeft.model.build import initial_backbone
+from shadowpeft.model.fingerprint import is_comparable
 
 PREFIX = "backbone."
 
@@ -53,22 +55,40 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def fetch(base: PreTrainedModel, config: ShadowConfig, expected: dict[str, Any], where: str) -> dict[str, Tensor]:
+def fetch(
+    base: PreTrainedModel, config: ShadowConfig, expected: dict[str, Any], where: str, *, known: dict[str, list[float]]
+) -> dict[str, Tensor]:
     """The left-out tensors, from the shadow that ``config`` names.
+
+    Args:
+        known: fingerprint of the base that the adapter was trained on, which ``base`` has been compared with.
 
     Raises:
         CheckpointError: it is not there, or its weights are not those the adapter was trained with.
     """
     what = f"the adapter in {where} was saved without the weights it shares with {config.shadow_model!r}"
+    is_of_base = config.truncation is not None
+    away = "load the base unquantised and in memory, or save the adapter without share_backbone" if is_of_base else None
     try:
         state = initial_backbone(base, config).state_dict()
     except (ShadowPeftError, OSError) as error:
-        raise CheckpointError(f"{what}, which cannot be loaded ({error}); pass its place as shadow_model=") from error
+        advice = away or "pass its place as shadow_model="
+        raise CheckpointError(f"{what}, which cannot be loaded ({error}); {advice}") from error
     names = {name: name.removeprefix(PREFIX) for name in expected["tensors"]}
     found = {name: state[own] for name, own in names.items() if own in state}
-    if len(found) < len(names) or digest(found) != expected["sha256"]:
+    # Blocks of the base are the right ones if the base is, whatever dtype it was loaded in; but not what rounding made of them.
+    is_known = len(found) == len(names) and is_of_base and _are_full(base, known)
+    if not is_known and (len(found) < len(names) or digest(found) != expected["sha256"]):
         raise CheckpointError(
-            f"{what}, but what is there now has other weights (the SHA-256 of {len(names)} tensors differs); pass the "
-            "right one as shadow_model="
+            f"{what}, but what is there now has other weights (the SHA-256 of {len(names)} tensors differs); "
+            f"{away or 'pass the right one as shadow_model='}"
         )
     return found
+
+
+def _are_full(base: PreTrainedModel, known: dict[str, list[float]]) -> bool:
+    """Whether the matrices of the base's blocks are not quantised, neither here nor where the fingerprint was taken."""
+    decoder = decoder_of(base)
+    prefix = architecture_of(decoder.config).blocks + "."
+    matrices = {name: t for name, t in decoder.state_dict().items() if name.startswith(prefix) and t.dim() >= 2}
+    return bool(matrices.keys() & known.keys()) and all(is_comparable(tensor) for tensor in matrices.values())

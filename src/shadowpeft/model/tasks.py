@@ -11,7 +11,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.head_loss import IGNORE, HeadLosses, LossSpec
+from shadowpeft.core.head_loss import IGNORE, LossSpec
 from shadowpeft.core.lean import lean_graph
 from shadowpeft.core.losses import (
     causal_lm_loss,
@@ -19,13 +19,14 @@ from shadowpeft.core.losses import (
     last_token,
     next_token_labels,
     pool_last_token,
+    problem_type_of,
     sequence_classification_loss,
     shared_head_losses,
 )
-from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model.architectures import architecture_of, decoder_of, head_of, rope_border
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE, one_cache
+from shadowpeft.model.refusals import refuse_ignore_index, refuse_other_losses, refuse_rows, refuse_without_shadow
 from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.wrapper import ShadowModel
 
@@ -43,12 +44,14 @@ class ShadowCausalLMOutput(CausalLMOutputWithPast):
         main_loss, shadow_loss, distillation_loss: its parts, unweighted and without gradient.
         logits: [B, T, V]; None in training mode with labels, unless ``output_logits=True``.
         shadow_logits: [B, T, V], only with ``output_shadow_logits=True``.
+        router_logits: of a mixture's blocks, each [B * T, experts]; only with ``output_router_logits=True``, without labels.
     """
 
     main_loss: Tensor | None = None
     shadow_loss: Tensor | None = None
     distillation_loss: Tensor | None = None
     shadow_logits: Tensor | None = None
+    router_logits: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -115,10 +118,16 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             output_logits: whether to return logits. They cost more memory than anything else in a training step, so by
                 default they are left out in training mode with labels, and returned otherwise. The base alone always has them.
             label_smoothing: by keyword; share of every target that is spread evenly over the vocabulary, in both losses.
+            shift_labels: by keyword; [B, T], beside ``labels`` and in place of them, if they are moved already.
+
+        Raises:
+            ConfigError: an ``ignore_index`` other than -100 or a mixture's router logits beside labels, or what a call of the
+                base alone cannot give.
         """
         # Not in the signature: transformers' Trainer takes every parameter with "label" in its name for a column of labels,
         # and evaluates without a loss where the batch lacks it.
-        label_smoothing = kwargs.pop("label_smoothing", 0.0)
+        label_smoothing, shift_labels = kwargs.pop("label_smoothing", 0.0), kwargs.pop("shift_labels", None)
+        moved = {} if shift_labels is None else {"shift_labels": shift_labels}
         inputs: dict[str, Any] = dict(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -133,15 +142,18 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             refuse_without_shadow(output_shadow_logits, output_logits)
             inputs |= {"use_cache": use_cache, "logits_to_keep": logits_to_keep, CACHE: past_key_values}
             if labels is not None and label_smoothing:
-                loss = partial(causal_lm_loss, labels=labels, num_items=num_items_in_batch, label_smoothing=label_smoothing)
-                return _base_with_loss(self.base, inputs, loss, return_dict)
-            options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items_in_batch}
+                refuse_other_losses(self.config, kwargs)
+                smooth: Any = {"num_items": num_items_in_batch, "label_smoothing": label_smoothing} | moved
+                return _base_with_loss(self.base, inputs, partial(causal_lm_loss, labels=labels, **smooth), return_dict)
+            options = {} if labels is None else {"labels": labels, "num_items_in_batch": num_items_in_batch, **moved}
             return self.base(return_dict=return_dict, **inputs, **options)
+        if labels is not None:
+            refuse_other_losses(self.config, kwargs)
         if output_logits is None:
             output_logits = labels is None or not self.training
         last_block = None
         if labels is not None and not output_logits:
-            last_block = self._last_block_at(next_token_labels(labels) != IGNORE, kwargs)
+            last_block = self._last_block_at(next_token_labels(labels, shift_labels) != IGNORE, kwargs)
         with lean_graph():
             output, initial = self._run_attached(
                 network,
@@ -154,7 +166,8 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
         hidden = output.last_hidden_state
         losses = None
         if labels is not None:
-            losses = self._losses(network.config, hidden, initial, labels, num_items_in_batch, label_smoothing)
+            spec = self.loss_spec(network.config, label_smoothing)
+            losses = shared_head_losses(spec, head_of(self.base), hidden, initial, labels, num_items_in_batch, **moved)
         result = ShadowCausalLMOutput(
             loss=None if losses is None else losses.total,
             logits=self.lm_logits(hidden[:, kept]) if output_logits else None,
@@ -165,6 +178,7 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             shadow_loss=None if losses is None else losses.shadow,
             distillation_loss=None if losses is None else losses.distillation,
             shadow_logits=self.lm_logits(initial[:, kept]) if output_shadow_logits else None,
+            router_logits=output.get("router_logits"),
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -238,19 +252,6 @@ class ShadowModelForCausalLM(ShadowModel, GenerationMixin):
             temperature=config.distillation_temperature,
         )
 
-    def _losses(
-        self,
-        config: ShadowConfig,
-        hidden: Tensor,
-        initial: Tensor,
-        labels: Tensor,
-        num_items: Tensor | int | None,
-        label_smoothing: float,
-    ) -> HeadLosses:
-        """All terms of the loss, behind the head that base and shadow share."""
-        spec = self.loss_spec(config, label_smoothing)
-        return shared_head_losses(spec, head_of(self.base), hidden, initial, labels, num_items)
-
 
 class ShadowModelForSequenceClassification(ShadowModel):
     """A frozen decoder with a classification head, adapted by a shadow; both heads are trained."""
@@ -274,8 +275,11 @@ class ShadowModelForSequenceClassification(ShadowModel):
         """One pass; logits [B, C] are read at the last token that is not padding, on either side.
 
         Arguments as in :meth:`ShadowModelForCausalLM.forward`; ``labels`` are [B] or [B, C], read as the base's
-        ``config.problem_type`` says.
+        ``config.problem_type`` says. Where it says nothing, the first labels do, for good, as in transformers: what is saved,
+        detached or put into a pipeline has to know it too.
         """
+        if labels is not None and self.config.problem_type is None:
+            self.config.problem_type = problem_type_of(self.config.num_labels, labels)  # type: ignore[assignment]
         smoothing = kwargs.pop("label_smoothing", 0.0)  # not in the signature, as there
         options: Any = {"problem_type": self.config.problem_type, "label_smoothing": smoothing}
         inputs: dict[str, Any] = dict(
@@ -293,8 +297,10 @@ class ShadowModelForSequenceClassification(ShadowModel):
             inputs |= {CACHE: past_key_values, "use_cache": use_cache}
             if labels is None or not smoothing:
                 return self.base(labels=labels, return_dict=return_dict, **inputs)
+            refuse_ignore_index(kwargs)
             loss = partial(sequence_classification_loss, labels=labels, num_items=num_items_in_batch, **options)
             return _base_with_loss(self.base, inputs, loss, return_dict)
+        refuse_ignore_index(kwargs)
         given, last_block = input_ids if inputs_embeds is None else inputs_embeds, None
         mask = self._padding_mask(given, input_ids, attention_mask)
         if labels is not None and given is not None:
@@ -351,23 +357,6 @@ def get_shadow_model(base: PreTrainedModel, config: ShadowConfig, adapter_name: 
         AdapterError: it already carries a shadow or is a PEFT model, or the name is not usable as one.
     """
     return task_model_class(base)(base, config, adapter_name)
-
-
-def refuse_rows(kwargs: dict[str, Any]) -> None:
-    """Raises AdapterError for PEFT's ``adapter_names``: an adapter for each row, which this model does not have."""
-    if kwargs.get("adapter_names") is not None:
-        raise AdapterError("adapter_names is not supported: a call uses one adapter; pass adapter=NAME for each group")
-
-
-def refuse_without_shadow(output_shadow_logits: bool, output_logits: bool | None = None) -> None:
-    """Raises ConfigError for what a call of the base alone cannot give: the shadow's logits, or a loss without logits."""
-    if output_shadow_logits:
-        raise ConfigError(
-            "output_shadow_logits=True asks for the shadow's logits, but this call uses the base alone; leave it out, or call "
-            "with an adapter"
-        )
-    if output_logits is False:
-        raise ConfigError("output_logits=False is not for a call of the base alone, which always has logits; leave it out")
 
 
 def _base_with_loss(

@@ -47,14 +47,18 @@ def worked_answer(row: Row) -> str:
 
 
 def score_answer(prediction: str | None, row: Row) -> dict[str, float]:
-    """Equal as texts or, where both are numbers, as numbers."""
+    """Equal as texts or, where both are nothing but a number, as numbers."""
     gold = final_answer(worked_answer(row))
-    is_same_number = same_number(final_number(f"#### {prediction}"), final_number(f"#### {gold}"))
-    are_numbers = prediction is not None and _NUMERAL.fullmatch(prediction) is not None
-    return {"accuracy": float(prediction == gold or (are_numbers and is_same_number))}
+    return {"accuracy": float(prediction == gold or same_number(_whole_number(prediction), _whole_number(gold)))}
 
 
-_NUMERAL = re.compile(r"[-+$\s]*[\d,]*\.?\d+\.?")
+# A comma groups thousands or it makes a list: 3,4 is not 34.
+_NUMERAL = re.compile(r"\$?\s*[-+]?\s*\$?\s*(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.?\d+)\.?")
+
+
+def _whole_number(text: str | None) -> str | None:
+    """The number that ``text`` is; None where more than it stands there, of which :func:`final_number` reads the first."""
+    return final_number(f"#### {text}") if text is not None and _NUMERAL.fullmatch(text) else None
 
 
 # ---------------------------------------------------------------- slots
