@@ -32,7 +32,7 @@ def _gap(found: Estimate | None) -> str:
     if found is None:
         return ""
     p = "" if found.p is None else f" p{_p(found.p)}"
-    p += "" if found.p_holm is None else f" (Holm {_p(found.p_holm)})"
+    p += "" if found.p_holm is None else f" (Holm {_p(found.p_holm).removeprefix('=')})"
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]{p}"
 
 
