@@ -140,6 +140,7 @@ def test_other_weights_can_be_allowed_at_the_command_line(bench, monkeypatch, ca
         ("generate", ["", "--max-new-tokens", "1"], "prompt 1 is empty"),
         ("eval", ["--task", "intent", "--data", "intents", "--modes", "sideways"], "unknown mode 'sideways'"),
         ("eval", ["--task", "intent", "--data", "intents", "--batch-size", "0"], "batch_size=0 is not valid"),
+        ("calibrate", ["--task", "intent", "--data", "intents", "--output", "new", "--batch-size", "-1"], "batch_size=-1"),
         ("eval", ["--task", "classification", "--data", "colours"], "belongs to a language model, which cannot answer"),
         ("eval", ["--task", "intent", "--data", "absent"], "there is no data at"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from shadowpeft.core.config import require
 from shadowpeft.deploy.route import (
     EDGE_NAME,
     CircuitBreaker,
@@ -168,11 +169,12 @@ def calibrate(
     """Fits a router on validation rows, prints what to expect of it and writes it.
 
     Raises:
-        ConfigError: a choice that is none, or a target out of reach, after the router was written without it.
+        ConfigError: a choice that is none, no row a batch, or a target out of reach, after the router was written without it.
     """
     chosen = task_named(task)
     check_routable(chosen)
     check_choices(score=score, kind=kind)
+    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
     source = Path(data) if data else None
     rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
     skills = skills_of(chosen, load_rows(chosen, "train", source=source))
