@@ -12,7 +12,8 @@ from shadowpeft.deploy import server_commands
 from shadowpeft.deploy.route import fit_router, save_router
 from shadowpeft.deploy.route.operating import Example
 from shadowpeft.deploy.route.scores import SCORES
-from shadowpeft.deploy.serve import Loaded
+from shadowpeft.deploy.serve import Loaded, Path
+from shadowpeft.deploy.serve.offline import answer_all
 from shadowpeft.errors import ConfigError
 from shadowpeft.train.tasks import TASKS
 
@@ -54,6 +55,15 @@ def test_serve_takes_its_limits_of_memory_from_flags(started):
 def test_a_limit_of_no_token_is_refused(started, flag):
     with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')}=0 is not valid: expected at least 1"):
         started("serve", "robot=somewhere", flag, 0)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_of_no_row_is_refused_before_anything_is_loaded(size):
+    """As it is where the batches are made: the first ended in an error behind the loading, the second never."""
+    with pytest.raises(ConfigError, match=f"batch_size={size} is not valid: expected at least 1"):
+        CliRunner().invoke(app, ["calibrate", "nowhere", "--batch-size", str(size)], catch_exceptions=False)
+    with pytest.raises(ConfigError, match=f"batch_size={size} is not valid"):
+        answer_all(MODEL, byte_tokenizer(), [[5]], Path(adapter=None, uses_base=True), max_tokens=1, ends=(), batch_size=size)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shadowpeft.core.config import require
 from shadowpeft.deploy.route import (
     EDGE_NAME,
     CircuitBreaker,
@@ -42,6 +41,7 @@ from shadowpeft.deploy.serve import (
 from shadowpeft.deploy.serve import Path as ModelPath
 from shadowpeft.deploy.system_eval import SystemConfig, run_system, write_report
 from shadowpeft.errors import ConfigError
+from shadowpeft.evaluate.batches import check_batch_size
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import load_rows
 from shadowpeft.train.run import task_named
@@ -174,7 +174,7 @@ def calibrate(
     chosen = task_named(task)
     check_routable(chosen)
     check_choices(score=score, kind=kind)
-    require(batch_size >= 1, "batch_size", batch_size, "at least 1")
+    check_batch_size(batch_size)
     source = Path(data) if data else None
     rows = rows_of(chosen, split, source=source, extra=extra_rows, limit=limit)
     skills = skills_of(chosen, load_rows(chosen, "train", source=source))

@@ -25,8 +25,7 @@ def in_batches(
     Raises:
         ConfigError: ``batch_size`` below 1.
     """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size} is not valid: expected at least 1")
+    check_batch_size(batch_size)
     order = sorted(range(len(items)), key=lambda index: len(items[index]), reverse=True)
     answers: list[Any] = [None] * len(items)
     started = time.perf_counter()
@@ -38,6 +37,16 @@ def in_batches(
             if progress is not None:
                 progress(start + len(chosen), len(order))
     return answers, time.perf_counter() - started
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuses a batch of no row.
+
+    Raises:
+        ConfigError: it is below 1.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} is not valid: expected at least 1")
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from shadowpeft.deploy.serve.mixed import Path
 from shadowpeft.deploy.serve.sampling import TokenFacts
 from shadowpeft.deploy.serve.sequence import Event, Job, Piece
 from shadowpeft.deploy.serve.sequence import Sequence as Row
+from shadowpeft.evaluate.batches import check_batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,10 @@ def answer_all(
         prompts: which fit, with ``max_tokens`` of an answer, into :func:`most_tokens` of the model.
 
     Raises:
+        ConfigError: ``batch_size`` below 1.
         ApiError: the model returned values that are not finite.
     """
+    check_batch_size(batch_size)
     heard: list[list[Event]] = [[] for _ in prompts]
     rows = []
     for prompt, events in zip(prompts, heard, strict=True):
