@@ -27,9 +27,13 @@ _OPTIMIZER = (("optimizer*", "scheduler.pt"), ("global_step*", "latest"))
 def newest_checkpoint(folder: Path, weights: tuple[str, ...] = ADAPTER_FILES) -> Path | None:
     """The newest complete checkpoint below ``folder``; cut-off ones are passed over. ``weights``: the model's files."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-    complete = [path for path in found if _has(path, (*weights, *_COMPLETE)) and _is_json(path)]
-    complete = [path for path in complete if any(_has(path, names) for names in _OPTIMIZER)]
+    complete = [path for path in found if _is_complete(path, weights)]
     return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def _is_complete(checkpoint: Path, weights: tuple[str, ...]) -> bool:
+    has_optimizer = any(_has(checkpoint, names) for names in _OPTIMIZER)
+    return has_optimizer and _has(checkpoint, (*weights, *_COMPLETE)) and _is_json(checkpoint)
 
 
 def _has(checkpoint: Path, names: tuple[str, ...]) -> bool:
