@@ -140,10 +140,10 @@ def _losses_through(
                 logits, guess, labels, num_items, temperature=spec.temperature, shift_labels=shift_labels
             )
             total = combine(total, distillation, spec.distillation_weight)
-    return HeadLosses(total, main.detach(), _plain(shadow), _plain(distillation))
+    return HeadLosses(total, main.detach(), without_gradient(shadow), without_gradient(distillation))
 
 
-def _plain(loss: Tensor | None) -> Tensor | None:
+def without_gradient(loss: Tensor | None) -> Tensor | None:
     return None if loss is None else loss.detach()
 
 

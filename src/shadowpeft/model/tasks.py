@@ -22,6 +22,7 @@ from shadowpeft.core.losses import (
     problem_type_of,
     sequence_classification_loss,
     shared_head_losses,
+    without_gradient,
 )
 from shadowpeft.model.architectures import architecture_of, decoder_of, head_of, rope_border
 from shadowpeft.model.build import is_classifier
@@ -325,8 +326,8 @@ class ShadowModelForSequenceClassification(ShadowModel):
             **{CACHE: output.get(CACHE)},
             hidden_states=output.get("hidden_states"),
             attentions=output.get("attentions"),
-            main_loss=_plain(main),
-            shadow_loss=_plain(shadow),
+            main_loss=without_gradient(main),
+            shadow_loss=without_gradient(shadow),
             shadow_logits=shadow_logits if output_shadow_logits else None,
         )
         return result.to_tuple() if return_dict is False else result
@@ -366,7 +367,3 @@ def _base_with_loss(
     output = base(return_dict=True, **inputs)
     result = type(output)(**{**output, "loss": loss(output.logits)})
     return result.to_tuple() if return_dict is False else result
-
-
-def _plain(loss: Tensor | None) -> Tensor | None:
-    return None if loss is None else loss.detach()
