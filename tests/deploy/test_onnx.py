@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
-from shadowpeft.deploy import packages
+from shadowpeft.deploy import onnx_model, packages
 from shadowpeft.deploy.measure import Questions, measure, measure_here
 from shadowpeft.deploy.onnx import check_onnx, quantise, write_onnx
 from shadowpeft.deploy.onnx_model import OnnxModel
@@ -74,6 +74,33 @@ def test_left_padded_rows_of_a_batch_get_their_own_logits(exported):
     found, _ = OnnxModel(folder).run(ids.numpy(), None, mask.numpy())
     assert_close(torch.from_numpy(found[1:2, 3:]), model(ids[1:2, 3:]).logits, rtol=1e-4, atol=1e-4)
     assert_close(torch.from_numpy(found[::2]), model(ids[::2]).logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [9, 10, 11])
+def test_long_prompts_are_read_in_pieces_of_bounded_logits(exported, monkeypatch, length):
+    folder, model = exported
+    ids, mask = tokens(3, length), torch.ones(3, length, dtype=torch.int64)
+    mask[1, :6] = 0  # all of the first piece and some of the second
+    runner, sizes = OnnxModel(folder, num_threads=1), []
+    first, whole = runner.run(ids[:, :2].numpy(), None, mask[:, :2].numpy())
+
+    def run(*arguments):
+        logits, cache = OnnxModel.run(runner, *arguments)
+        sizes.append(logits.nbytes)
+        return logits, cache
+
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(onnx_model, "MAX_LOGIT_BYTES", 4 * first[:, 0].nbytes + 5)
+    expected = torch.cat([model(ids[row : row + 1, 6 * (row == 1) :]).logits[:, -1] for row in range(3)])
+    for cache, start in ((None, 0), (whole, 2)):
+        found, present = runner.read(ids[:, start:].numpy(), cache, mask.numpy())
+        assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-4)
+        assert next(iter(present.values())).shape[2] == length
+    sizes.clear()
+    one = np.tile(ids[:1].numpy(), 3)
+    runner.generate(one, max_new_tokens=1)
+    assert len(sizes) == -(-one.shape[1] // 12) and max(sizes) <= onnx_model.MAX_LOGIT_BYTES
 
 
 def test_the_end_token_stops_decoding(exported):

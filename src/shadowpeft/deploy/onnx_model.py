@@ -9,6 +9,8 @@ import numpy as np
 from shadowpeft.deploy.packages import need
 
 Cache = dict[str, np.ndarray]
+# The graph computes logits for every token it is given: 16 GB for 32,000 tokens of a vocabulary of 128,000.
+MAX_LOGIT_BYTES = 256 * 2**20
 
 
 class OnnxModel:
@@ -30,6 +32,7 @@ class OnnxModel:
         self._session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
         self._inputs = [item.name for item in self._session.get_inputs()]
         self._outputs = [item.name for item in self._session.get_outputs()]
+        self._vocabulary = next(item.shape[-1] for item in self._session.get_outputs() if item.name == "logits")
         self._empty = {
             item.name: [int(size) if str(size).isdigit() else 0 for size in item.shape]
             for item in self._session.get_inputs()
@@ -54,14 +57,26 @@ class OnnxModel:
         outputs = dict(zip(self._outputs, found, strict=True))
         return outputs["logits"], {name: outputs[name.replace("past_key_values", "present")] for name in self._empty}
 
+    def read(self, ids: np.ndarray, cache: Cache | None, mask: np.ndarray | None = None) -> tuple[np.ndarray, Cache]:
+        """(logits of the next token [B, V], the cache); as :meth:`run`, in pieces of ``MAX_LOGIT_BYTES`` of logits."""
+        batch, length = ids.shape
+        past = 0 if cache is None else next(iter(cache.values())).shape[2]
+        mask = np.ones((batch, past + length), np.int64) if mask is None else mask
+        size = max(1, MAX_LOGIT_BYTES // (np.dtype(np.float32).itemsize * batch * self._vocabulary))
+        last = (length - 1) // size * size
+        for start in range(0, last, size):
+            _, cache = self.run(ids[:, start : start + size], cache, mask[:, : past + start + size])
+        logits, cache = self.run(ids[:, last:], cache, mask)
+        return logits[:, -1], cache
+
     def generate(self, ids: np.ndarray, *, max_new_tokens: int, eos: int | Sequence[int] | None = None) -> np.ndarray:
         """Prompt and greedy continuation [1, T + new] of one row; stops behind ``eos``, or one of them."""
         ends = () if eos is None else (eos,) if isinstance(eos, int) else eos
-        logits, cache = self.run(ids, None)
+        logits, cache = self.read(ids, None)
         for step in range(max_new_tokens):
-            token = logits[:, -1:].argmax(-1)
+            token = logits.argmax(-1, keepdims=True)
             ids = np.concatenate([ids, token], axis=1)
             if step + 1 == max_new_tokens or token[0, 0] in ends:
                 break
-            logits, cache = self.run(token, cache)
+            logits, cache = self.read(token, cache)
         return ids

@@ -52,9 +52,9 @@ class ExportedModel:
             caches: ``base`` is replaced by the cache behind these tokens, and made where missing.
         """
         past = _arrays(caches["base"]) if "base" in caches else None
-        logits, present = self._runner.run(ids.numpy(), past, mask.numpy())
+        logits, present = self._runner.read(ids.numpy(), past, mask.numpy())
         caches["base"] = _cache(present)
-        return torch.from_numpy(logits[:, -1])
+        return torch.from_numpy(logits)
 
 
 # What a server can decode with.
