@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 from deploy.running import free_port, held_steps, running, wait_until
 from deploy.tiny import byte_tokenizer, shadow_model
 from shadowpeft.cli import app
+from shadowpeft.deploy.serve import prompts
 from shadowpeft.deploy.serve.app import create_app
 from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.errors import ApiError
@@ -33,6 +34,7 @@ from shadowpeft.deploy.serve.sequence import Piece
 from shadowpeft.deploy.serve.service import LocalService, Settings
 from shadowpeft.deploy.server_commands import _run
 from shadowpeft.errors import ArchitectureError, ConfigError
+from shadowpeft.train.data import token_ids
 from shadowpeft.train.tasks import TASKS
 
 TOKENIZER = byte_tokenizer()
@@ -243,6 +245,50 @@ def test_bad_input_gets_a_status_and_openais_error_and_the_server_lives(raw, wha
     error = answer.json()["error"]
     assert error["message"] and error["type"] and {"param", "code"} <= error.keys()
     assert raw.get("/healthz").json() == {"status": "ok"}
+
+
+def test_prompts_are_tokenised_beside_the_event_loop(monkeypatch):
+    service, gate = local_service(), threading.Event()
+
+    def held(*arguments):
+        assert gate.wait(10), "the event loop waits for the tokenizer"
+        return token_ids(*arguments)
+
+    async def ask():
+        asking = asyncio.ensure_future(service.ask(parse(ChatRequest, json.dumps(CHAT).encode())))
+        await asyncio.sleep(0)
+        gate.set()
+        return await asking
+
+    monkeypatch.setattr(prompts, "token_ids", held)
+    answer = asyncio.run(ask())
+    assert answer.num_prompt_tokens == len(chat_ids(TOKENIZER, parse(ChatRequest, json.dumps(CHAT).encode()).messages, None))
+    answer.cancel()
+
+
+def test_a_stored_truncation_is_taken_off_before_several_threads_tokenise():
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    LocalService(MODEL, tokenizer, catalogue(MODEL.networks), Settings())
+    assert tokenizer.backend_tokenizer.truncation is None
+
+
+@pytest.mark.parametrize("template", [None, "{{ messages[0].content }}"])
+def test_texts_that_are_certainly_too_long_are_refused_without_being_tokenised(service, monkeypatch, template):
+    # The longest of this tokenizer's tokens is <pad>: 256 of it fit into the context.
+    most = 5 * service.context
+    for request, text in (
+        (ChatRequest(model="robot", messages=[Message(role="user", content="x" * (most + 1))]), "messages"),
+        (CompletionRequest(model="robot", prompt="x" * (most + 1)), "prompt"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(TOKENIZER, "chat_template", template)
+            patch.setattr(prompts, "token_ids", Mock(side_effect=AssertionError("it was tokenised")))
+            with pytest.raises(ApiError, match=rf"none of more than {most} fits") as refusal:
+                asyncio.run(service.ask(request))
+        assert refusal.value.status == 400 and refusal.value.code == "context_length_exceeded", text
+    with pytest.raises(ApiError, match=f"the prompt has {most + 1} tokens"):
+        asyncio.run(service.ask(CompletionRequest(model="robot", prompt="x" * most)))
 
 
 def test_a_fault_of_the_servers_own_is_told_in_the_same_shape_and_counted(monkeypatch):

@@ -13,14 +13,20 @@ from shadowpeft.train.data import token_ids, uses_chat
 from shadowpeft.train.tasks import Task
 
 
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], task: Task | None) -> list[int]:
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], task: Task | None, *, most_characters: int | None = None
+) -> list[int]:
     """Ids of a conversation.
 
     With a task, its prompt around the last message, as in training. Else the tokenizer's chat template; else a plain
     transcript, since a base without template has no better convention.
 
+    Args:
+        most_characters: a longer text is refused before it is tokenised.
+
     Raises:
-        ApiError: the template refuses the messages, the task's prompt needs more than one text, or a text is none.
+        ApiError: the template refuses the messages, the task's prompt needs more than one text, or a text is none or too
+            long.
     """
     turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in messages]
     if task is not None:
@@ -30,15 +36,15 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], ta
         prompt = task.prompt(dict.fromkeys(task.fields, turns[-1]["content"]))
         turns = [{"role": "user", "content": prompt}]
         if not uses_chat(tokenizer):
-            return text_ids(tokenizer, prompt)
+            return text_ids(tokenizer, prompt, most_characters=most_characters)
     if uses_chat(tokenizer):
         try:
             text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, enable_thinking=False)
         except TemplateError as error:  # a template's own words: no system role, turns that do not alternate
             raise ApiError(f"this model's chat template refuses the messages: {error}", param="messages") from error
-        return _encode(tokenizer, str(text))
+        return _encode(tokenizer, str(text), most_characters)
     lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
-    return text_ids(tokenizer, "\n".join([*lines, "Assistant:"]))
+    return text_ids(tokenizer, "\n".join([*lines, "Assistant:"]), most_characters=most_characters)
 
 
 def why_not_one_text(task: Task) -> str | None:
@@ -53,10 +59,10 @@ def why_not_one_text(task: Task) -> str | None:
     )
 
 
-def text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a plain text, with BOS in front if the tokenizer has one."""
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, most_characters: int | None = None) -> list[int]:
+    """Ids of a plain text, with BOS in front if the tokenizer has one; see :func:`chat_ids`."""
     start: Any = tokenizer.bos_token_id
-    return [*([] if start is None else [start]), *_encode(tokenizer, text)]
+    return [*([] if start is None else [start]), *_encode(tokenizer, text, most_characters)]
 
 
 def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
@@ -71,7 +77,13 @@ def check_ids(ids: Sequence[int], vocabulary: int) -> list[int]:
     return list(ids)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str, most_characters: int | None) -> list[int]:
+    if most_characters is not None and len(text) > most_characters:
+        raise ApiError(
+            f"the prompt has {len(text)} characters, but none of more than {most_characters} fits into the model's context; "
+            "shorten it",
+            code="context_length_exceeded",
+        )
     if holds_half_a_character(text):
         raise ApiError("the text holds half a surrogate pair, which is no character", code="invalid_value")
     return token_ids(tokenizer, text)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.serve.batch import most_tokens
 from shadowpeft.deploy.serve.catalogue import Entry, find
+from shadowpeft.deploy.serve.characters import characters_per_token
 from shadowpeft.deploy.serve.errors import ApiError
 from shadowpeft.deploy.serve.exported import Served
 from shadowpeft.deploy.serve.joining import new_cache
@@ -25,6 +26,7 @@ from shadowpeft.evaluate.batches import num_positions
 from shadowpeft.generate import SpeculativeFallbackWarning
 from shadowpeft.generate.rollback import why_not_draftable
 from shadowpeft.model import ShadowModel
+from shadowpeft.train.data import token_ids
 from shadowpeft.train.tasks import Task
 
 
@@ -150,6 +152,10 @@ class LocalService:
         self.tokenizer, self.entries, self.settings = tokenizer, entries, settings
         self.metrics = metrics or Metrics()
         self.context = _context(model, settings)
+        most = characters_per_token(tokenizer)
+        self._most_characters = None if most is None else most * self.context
+        # The first call takes off a stored truncation or padding, which fails while other threads tokenise.
+        token_ids(tokenizer, "")
         self._vocabulary = model.config.vocab_size
         self._ends = end_ids(model, tokenizer)
         self._num_drafts = {name: self._drafts_of(model, entry) for name, entry in entries.items()}
@@ -194,7 +200,7 @@ class LocalService:
             ApiError: unknown model, a prompt that does not fit, too many waiting.
         """
         entry = find(self.entries, request.model)
-        prompts = self._prompts(request)
+        prompts = await asyncio.to_thread(self._prompts, request)
         jobs = []
         for prompt in prompts:
             base = self._job(request, entry, prompt)
@@ -220,7 +226,8 @@ class LocalService:
 
     def _prompts(self, request: Request) -> list[list[int]]:
         if isinstance(request, ChatRequest):
-            prompts = [chat_ids(self.tokenizer, request.messages, self.settings.task)]
+            most = self._most_characters
+            prompts = [chat_ids(self.tokenizer, request.messages, self.settings.task, most_characters=most)]
         else:
             prompts = [self._text_or_ids(prompt) for prompt in request.prompts]
         if not prompts or not all(prompts):
@@ -230,8 +237,9 @@ class LocalService:
         return prompts
 
     def _text_or_ids(self, prompt: str | list[int]) -> list[int]:
-        is_text = isinstance(prompt, str)
-        return text_ids(self.tokenizer, prompt) if is_text else check_ids(prompt, self._vocabulary)
+        if isinstance(prompt, str):
+            return text_ids(self.tokenizer, prompt, most_characters=self._most_characters)
+        return check_ids(prompt, self._vocabulary)
 
     def _job(self, request: Request, entry: Entry, prompt: list[int]) -> Job:
         settings = self.settings
