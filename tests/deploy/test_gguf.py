@@ -1,5 +1,7 @@
 """GGUF files, read back tensor by tensor and run by an independent forward pass from the file alone."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,8 @@ from shadowpeft.deploy.gguf import GGUF_FILE, check_gguf, write_gguf
 from shadowpeft.deploy.gguf_model import GgufModel
 from shadowpeft.deploy.gguf_tokenizer import word_rules
 from shadowpeft.deploy.packages import ExportError
+from shadowpeft.train.data import prompt_ids
+from shadowpeft.train.tasks import TASKS
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed (pip install 'shadowpeft[export]')")
 
@@ -107,7 +111,7 @@ def test_a_byte_level_vocabulary_is_stored_with_merges_kinds_and_word_rules(tmp_
     assert fields["tokenizer.ggml.tokens"] == sorted(vocabulary, key=vocabulary.get)
     assert fields["tokenizer.ggml.token_type"][:2] == [gguf.TokenType.CONTROL, gguf.TokenType.NORMAL]
     assert all(len(merge.split(" ")) == 2 for merge in fields["tokenizer.ggml.merges"])
-    assert fields["tokenizer.ggml.eos_token_id"] == 0 and fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.ggml.eos_token_id"] == 0 and fields["tokenizer.ggml.add_bos_token"] is True
 
 
 def test_rows_of_a_padded_embedding_get_placeholders_and_too_few_rows_are_refused(tmp_path):
@@ -145,6 +149,46 @@ def test_another_type_and_features_the_format_lacks_are_refused(tmp_path):
     with pytest.raises(ExportError, match="attention_bias=True"):
         write_gguf(detached("llama", attention_bias=True), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+TEMPLATES = {  # and whether a prompt begins with BOS
+    None: True,
+    "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}": True,
+    "{% for m in messages %}{{ m.content }}{% endfor %}": False,
+}
+
+
+def in_llama_cpp(runner: GgufModel, request: dict) -> tuple[int, str]:
+    """Tokens of the prompt, and the greedy answer."""
+    server, options = runner._server, {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True, "cache_prompt": False}
+    answer = (server.handle_chat_completions if "messages" in request else server.handle_completions)(request | options)
+    answer = json.loads(answer) if isinstance(answer, str) else answer
+    choice = answer["choices"][0]
+    return answer["usage"]["prompt_tokens"], choice["message"]["content"] if "messages" in request else choice["text"]
+
+
+def text_of(model, tokenizer, ids: list[int]) -> str:
+    given = torch.tensor([ids])
+    written = model.generate(given, max_new_tokens=8, min_new_tokens=8, do_sample=False)[0, len(ids) :]
+    return tokenizer.decode(written, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_llama_cpp_puts_bos_in_front_where_training_does(tmp_path, template):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (pip install 'shadowpeft[test]' on Linux)")
+    tokenizer, task, text = byte_level(), TASKS["robot"], "turn on the lights"
+    tokenizer.add_special_tokens({"bos_token": "<|start|>"})
+    tokenizer.chat_template = template
+    model = detached("llama", vocab_size=len(tokenizer))
+    write_gguf(model, tmp_path / "out", tokenizer=tokenizer)
+    field = gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields["tokenizer.ggml.add_bos_token"]
+    assert field.contents() is TEMPLATES[template]
+    row = dict.fromkeys(task.fields, text)
+    ids, prompt = prompt_ids(task, tokenizer, row), task.prompt(row)
+    assert (ids[0] == tokenizer.bos_token_id) is TEMPLATES[template]
+    request = {"prompt": prompt} if template is None else {"messages": [{"role": "user", "content": prompt}]}
+    found = in_llama_cpp(GgufModel(tmp_path / "out", context=128), request)
+    assert found == (len(ids), text_of(model, tokenizer, ids))
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

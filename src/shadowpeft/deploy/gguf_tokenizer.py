@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.packages import ExportError
+from shadowpeft.train.data import as_chat, uses_chat
 
 # How llama.cpp names the rules that cut text into words before the merges.
 _DIGITS = {"type": "Digits", "individual_digits": True}
@@ -95,5 +96,7 @@ def _tokens(
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = tokenizer("a")["input_ids"]
-    return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    """Whether prompts of training and serving begin with BOS; from a template's text llama.cpp then takes off its own."""
+    if tokenizer.bos_token_id is None:
+        return False
+    return not uses_chat(tokenizer) or as_chat(tokenizer, "a").startswith(str(tokenizer.bos_token))

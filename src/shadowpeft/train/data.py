@@ -86,7 +86,7 @@ def all_prompt_ids(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequenc
     texts = [task.prompt(row) for row in rows]
     start: list[int] = []
     if uses_chat(tokenizer) and task.kind != "classification":
-        texts = [_as_chat(tokenizer, text) for text in texts]
+        texts = [as_chat(tokenizer, text) for text in texts]
     elif tokenizer.bos_token_id is not None:
         start = [tokenizer.bos_token_id]  # type: ignore[list-item]
     prompts = [start + ids for ids in _encode(tokenizer, texts)]
@@ -96,7 +96,8 @@ def all_prompt_ids(task: Task, tokenizer: PreTrainedTokenizerBase, rows: Sequenc
     return prompts
 
 
-def _as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def as_chat(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """What a chat template makes of a user's only message, up to where the answer starts."""
     messages = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(  # type: ignore[return-value]
         messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
