@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
@@ -13,8 +13,10 @@ from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import get_shadow_model
 from shadowpeft.deploy.gguf import GGUF_FILE, check_gguf, write_gguf
 from shadowpeft.deploy.gguf_model import GgufModel
+from shadowpeft.deploy.gguf_pieces import piece_scores
 from shadowpeft.deploy.gguf_tokenizer import word_rules
 from shadowpeft.deploy.packages import ExportError
+from shadowpeft.deploy.serve.prompts import text_ids
 from shadowpeft.train.data import prompt_ids
 from shadowpeft.train.tasks import TASKS
 
@@ -189,6 +191,82 @@ def test_llama_cpp_puts_bos_in_front_where_training_does(tmp_path, template):
     request = {"prompt": prompt} if template is None else {"messages": [{"role": "user", "content": prompt}]}
     found = in_llama_cpp(GgufModel(tmp_path / "out", context=128), request)
     assert found == (len(ids), text_of(model, tokenizer, ids))
+
+
+CHANGES = [
+    normalizers.Lowercase(),
+    normalizers.Replace("kitchen", "room"),
+    normalizers.Prepend(" "),
+    normalizers.NFKC(),
+    normalizers.Sequence([normalizers.NFC(), normalizers.Sequence([normalizers.Strip()])]),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: type(change).__name__)
+def test_a_tokenizer_that_changes_texts_as_llama_cpp_would_not_is_refused(tmp_path, change):
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = change
+    model = detached("llama", vocab_size=len(tokenizer))
+    name = "Strip" if isinstance(change, normalizers.Sequence) else type(change).__name__
+    with pytest.raises(ExportError, match=rf"changes texts before it cuts them \({name}\).*without the tokenizer"):
+        write_gguf(model, tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / "out").exists()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert "give it texts in NFC" in write_gguf(model, tmp_path / "out", tokenizer=tokenizer).notes[0]
+
+
+SPACE = "\u2581"
+
+
+def of_pieces(*, has_space: bool) -> PreTrainedTokenizerFast:
+    """A BPE as transformers makes it of sentencepiece's file: all pairs that make a piece, piece by piece."""
+    found = Tokenizer(models.BPE())
+    found.pre_tokenizer = pre_tokenizers.Metaspace()
+    corpus = ["turn on the lights in the kitchen", "then turn the heating down  again"] * 4
+    found.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=80, show_progress=False))
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    pieces = ["<unk>", "<s>", "</s>", *bytes_, *sorted(found.get_vocab(), key=found.get_vocab().__getitem__)]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    merges = [
+        (piece[:end], piece[end:])
+        for piece in pieces[259:]
+        for end in range(1, len(piece))
+        if piece[:end] in vocabulary and piece[end:] in vocabulary
+    ]
+    built = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    replace = normalizers.Replace(" ", SPACE)
+    built.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace]) if has_space else replace
+    built.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@pytest.mark.parametrize("has_space", [True, False])
+def test_llama_cpp_reads_sentencepieces_tokens_as_serving_does(tmp_path, has_space):
+    pytest.importorskip("xllamacpp", reason="xllamacpp is not installed (pip install 'shadowpeft[test]' on Linux)")
+    tokenizer = of_pieces(has_space=has_space)
+    model = detached("llama", vocab_size=len(tokenizer), tie_word_embeddings=False)
+    model.lm_head.weight.data[:259] = 0  # bytes that are no character are written in other ways
+    assert write_gguf(model, tmp_path / "out", tokenizer=tokenizer).notes == []
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).fields.items()}
+    assert fields["tokenizer.ggml.model"] == "llama" and fields["tokenizer.ggml.add_space_prefix"] is has_space
+    kinds = [gguf.TokenType.UNKNOWN, gguf.TokenType.CONTROL, gguf.TokenType.CONTROL, gguf.TokenType.BYTE]
+    assert fields["tokenizer.ggml.token_type"][:4] == kinds
+    runner = GgufModel(tmp_path / "out", context=128)
+    for text in ("turn on the lights", "  then  the kitchen ", "Überall 20\u00b0\n", "again</s>the heating", "x"):
+        ids = text_ids(tokenizer, text)
+        assert in_llama_cpp(runner, {"prompt": text}) == (len(ids), text_of(model, tokenizer, ids))
+
+
+def test_scores_stand_for_merges_only_where_both_join_the_same():
+    model = {"byte_fallback": True, "vocab": dict.fromkeys([*(f"<0x{byte:02X}>" for byte in range(256)), *"abc"], 0)}
+    model["vocab"] |= dict.fromkeys(["ab", "bc", "abc"], 0)
+    merges = [["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]]
+    assert piece_scores(model | {"merges": merges}) == {"ab": 0.0, "bc": -1.0, "abc": -2.0}
+    assert piece_scores(model | {"merges": [" ".join(pair) for pair in merges]}) is not None
+    assert piece_scores(model | {"merges": merges[:3]}) is None  # llama.cpp would join ab and c all the same
+    assert piece_scores(model | {"merges": [merges[2], *merges[:2], merges[3]]}) is None  # one score, two ranks
+    assert piece_scores(model | {"merges": merges, "ignore_merges": True}) is None
+    assert piece_scores(model | {"merges": merges, "byte_fallback": False}) is None
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16"])

@@ -54,12 +54,14 @@ def write_gguf(
     Args:
         model: an ordinary causal language model of type llama or qwen3.
         folder: empty or absent.
-        tokenizer: its vocabulary is stored if it is a byte-level BPE; else the file holds none, and a note says so.
+        tokenizer: its vocabulary is stored if it is a BPE of bytes or of sentencepiece's pieces which llama.cpp reads alike;
+            else the file holds none, and a note says so.
         precision: of matrices; vectors are always float32, as llama.cpp has them.
         name: ``general.name``.
 
     Raises:
-        ExportError: another type, a feature of it that the format does not hold, or a tokenizer of more ids than rows.
+        ExportError: another type, a feature of it that the format does not hold, or a tokenizer of more ids than rows, or one
+            that changes texts first as llama.cpp would not.
         MissingPackageError: gguf is not installed.
     """
     gguf = need("gguf", what="GGUF export")

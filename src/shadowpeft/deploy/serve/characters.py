@@ -6,6 +6,8 @@ from typing import Any
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
+from shadowpeft.deploy.tokenizer_parts import has_byte_tokens, steps
+
 # A character of Unicode decomposes into at most 4, so that composing makes a text at most 4 times shorter.
 _SHORTENS = {"Lowercase": 1, "NFD": 1, "NFKD": 1, "Prepend": 1, "NFC": 4, "NFKC": 4}
 _CUTS_WITHOUT_LOSS = ("ByteLevel", "Digits", "Metaspace", "Split", "Punctuation", "UnicodeScripts")
@@ -22,8 +24,8 @@ def characters_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
         return None
     described = json.loads(backend.to_str())
     model, added = described["model"], described.get("added_tokens", [])
-    cuts, shorter = _steps(described.get("pre_tokenizer"), "pretokenizers"), 1
-    for step in _steps(described.get("normalizer"), "normalizers"):
+    cuts, shorter = steps(described.get("pre_tokenizer")), 1
+    for step in steps(described.get("normalizer")):
         factor = _shortens(step)
         if factor is None:
             return None
@@ -44,13 +46,6 @@ def characters_per_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return shorter * max(map(len, texts))
 
 
-def _steps(part: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
-    """A normalizer or pre-tokenizer as the steps it consists of."""
-    if part is None:
-        return []
-    return [step for child in part[children] for step in _steps(child, children)] if part["type"] == "Sequence" else [part]
-
-
 def _shortens(normalizer: dict[str, Any]) -> int | None:
     """By how much a text may get shorter; None: by any amount."""
     if normalizer["type"] == "Replace":
@@ -60,5 +55,4 @@ def _shortens(normalizer: dict[str, Any]) -> int | None:
 
 
 def _knows_all_bytes(model: dict[str, Any], is_byte_level: bool) -> bool:
-    fallback = [f"<0x{byte:02X}>" for byte in range(256)] if model.get("byte_fallback") else [None]
-    return all(name in model["vocab"] for name in (ByteLevel.alphabet() if is_byte_level else fallback))
+    return all(byte in model["vocab"] for byte in ByteLevel.alphabet()) if is_byte_level else has_byte_tokens(model)
