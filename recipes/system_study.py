@@ -10,6 +10,7 @@ record `--out` holds the tasks that are complete. A trained adapter or LoRA can 
 import argparse
 import dataclasses
 import json
+import shutil
 import random
 import sys
 from collections.abc import Callable
@@ -168,6 +169,7 @@ def replayed(given: argparse.Namespace, task: str, shadow: Path, lora: Path) -> 
     folder = measured_in(given, task) / "system"
     config = SystemConfig(adapter=str(shadow), router=measured_in(given, task) / "router.json", output=folder, lora=str(lora),
                           round_trip_ms=given.round_trip_ms, max_tokens=4 if given.tiny else None)  # fmt: skip
+    shutil.rmtree(folder / "edge", ignore_errors=True)  # of a study that was stopped here
     figures = run_system(config, TASKS[task], rows, tell=Console().print)
     write_report(figures, folder)
     return figures

@@ -88,6 +88,11 @@ def test_calibrating_and_measuring_the_whole_system_by_the_command_line(saved, l
     assert {"oracle", "random", "margin", "entropy", "sequence_logprob"} < set(record["routers"])
     for name in ("deferral.png", "latency.png"):
         assert (saved / "out" / name).stat().st_size > 5000
+    # Another measurement there would mix two shadows' files, and this report would be of neither.
+    again = ["system-eval", str(saved / "adapter"), *map(str, options), *map(str, data)]
+    refused = CliRunner().invoke(app, again)
+    assert isinstance(refused.exception, ConfigError) and f"{saved / 'out' / 'edge'} is not empty" in str(refused.exception)
+    assert json.loads((saved / "out" / "system.json").read_text()) == record
 
 
 def test_a_task_without_a_metric_of_single_rows_is_refused_before_anything_is_asked(saved, monkeypatch):

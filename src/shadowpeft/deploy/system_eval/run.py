@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from shadowpeft.deploy.detach import write_detached
 from shadowpeft.deploy.route.artefact import load_router
 from shadowpeft.deploy.route.calibrate import check_routable, headline, is_out_of_scope
 from shadowpeft.deploy.route.operating import NO_TARGET, Target
@@ -18,6 +19,7 @@ from shadowpeft.deploy.system_eval.processes import HOST, running_server
 from shadowpeft.deploy.system_eval.replay import Prompt, Replay, replay
 from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate.record import data_revision
+from shadowpeft.files import new_folder
 from shadowpeft.model import ShadowModel
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.placement import device_named
@@ -114,17 +116,17 @@ def _prepare(
     """(the device's model, prompts as texts, or as ids where a chat template made them).
 
     Raises:
-        ConfigError: there is no folder ``config.edge``.
+        ConfigError: there is no folder ``config.edge``, or an earlier measurement's shadow is where this one's would be.
+        DetachError: the detached shadow does not compute what the attached one does.
     """
     if config.edge is not None and not Path(config.edge).is_dir():
         raise ConfigError(f"there is no folder {config.edge}; write it with: shadowpeft detach, or shadowpeft export")
+    folder = new_folder(config.output / "edge") if config.edge is None else Path(config.edge)
     loaded = load_served([f"{CLOUD_NAME}={config.adapter}"], base=config.base, device="cpu")
     assert isinstance(loaded.model, ShadowModel)
-    folder = config.output / "edge" if config.edge is None else Path(config.edge)
     if config.edge is None:
         tell("detaching the shadow")
-        loaded.model.detach().save_pretrained(folder)
-        loaded.tokenizer.save_pretrained(folder)
+        write_detached(loaded.model, folder, tokenizer=loaded.tokenizer)
     if uses_chat(loaded.tokenizer):
         return folder, list(all_prompt_ids(task, loaded.tokenizer, rows))
     return folder, [task.prompt(row) for row in rows]
