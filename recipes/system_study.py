@@ -10,8 +10,8 @@ record `--out` holds the tasks that are complete. A trained adapter or LoRA can 
 import argparse
 import dataclasses
 import json
-import shutil
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
