@@ -1,14 +1,13 @@
 """The vocabulary of a BPE tokenizer as GGUF metadata: of bytes, or of sentencepiece's pieces."""
 
 import json
-import re
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.deploy.gguf_pieces import adds_space, piece_scores
 from shadowpeft.deploy.packages import ExportError
-from shadowpeft.deploy.tokenizer_parts import steps
+from shadowpeft.deploy.tokenizer_parts import BYTE_TOKENS, steps
 from shadowpeft.train.data import as_chat, uses_chat
 
 # How llama.cpp names the rules that cut text into words before the merges.
@@ -18,7 +17,6 @@ _QWEN2_PATTERN = (
     r"\s+(?!\S)|\s+"
 )
 _LLAMA3_PATTERN = _QWEN2_PATTERN.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
-_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _PATTERNS = {_QWEN2_PATTERN: "qwen2", _LLAMA3_PATTERN: "llama-bpe"}
 
 
@@ -121,7 +119,7 @@ def _tokens(
             kinds.append(int(gguf.TokenType.UNUSED))
         elif are_pieces and text == described["model"]["unk_token"]:
             kinds.append(int(gguf.TokenType.UNKNOWN))
-        elif are_pieces and _BYTE_TOKEN.fullmatch(text):
+        elif are_pieces and text in BYTE_TOKENS:
             kinds.append(int(gguf.TokenType.BYTE))
         elif number in special:
             kinds.append(int(gguf.TokenType.CONTROL if special[number] else gguf.TokenType.USER_DEFINED))

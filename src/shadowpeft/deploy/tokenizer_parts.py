@@ -2,6 +2,9 @@
 
 from typing import Any
 
+# The names of the tokens that stand for single bytes where a vocabulary falls back to them.
+BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+
 
 def steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     """A normalizer or pre-tokenizer as the steps it consists of."""
@@ -15,4 +18,4 @@ def steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def has_byte_tokens(model: dict[str, Any]) -> bool:
     """Whether characters that are no token become those of their bytes, all of which there are."""
-    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
+    return bool(model.get("byte_fallback")) and model["vocab"].keys() >= BYTE_TOKENS
