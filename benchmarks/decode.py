@@ -144,7 +144,7 @@ def shape_setting(options: argparse.Namespace) -> tuple:
     config = shape.shadow() if options.dtype == torch.float32 else shape.shadow().replace(adapter_dtype="base")
     model = get_shadow_model(base, config).eval()
     with torch.no_grad():
-        for injection in model.network().injections:
+        for injection in (*model.network().injections, *model.network().midpoints):
             injection.W_up.normal_(std=0.02)
 
     def trials(batch: int) -> list[Prompts]:

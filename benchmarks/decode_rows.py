@@ -58,7 +58,7 @@ def our_rows(
     """Attached, attached with drafts (the shadow's own, and rigged ones), as an assistant, detached."""
     network = model.network()
     shadow = num_bytes(network.backbone, network.projection)
-    steps = num_bytes(network.injections, network.updates, network.update_norm)
+    steps = num_bytes(*network.step_parts)
     base = step_bytes(model.base)
     attached = base + shadow + steps
     detached = model.detach()

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaModel
 
 from models import MIXTURES, enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
-from shadowpeft.errors import ArchitectureError
+from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
 from shadowpeft.model.architectures import ARCHITECTURES, blocks_of, decoder_of
 
 pytestmark = pytest.mark.contract
@@ -165,6 +165,103 @@ def test_gradient_checkpointing_gives_the_same_gradients(model_type):
         model(ids, labels=ids).loss.backward()
         gradients.append({name: p.grad for name, p in model.network().named_parameters()})
     assert_close(gradients[1], gradients[0])
+
+
+BETWEEN = {"inject_between": "sublayers", "scale_state": True, "inject_branch": True}
+WITH_ATTENTION = sorted(name for name, row in ARCHITECTURES.items() if row.attention is not None)
+
+
+@pytest.mark.parametrize("model_type", WITH_ATTENTION)
+def test_between_sublayers_the_mlp_reads_the_corrected_stream_and_so_does_all_behind_it(model_type):
+    model, ids = adapted(model_type, **BETWEEN), tokens()
+    network, blocks = model.network(), blocks_of(decoder_of(model.base))
+    seen: dict[tuple, torch.Tensor] = {}
+    for index, block in enumerate(blocks):
+        block.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__((i, "in"), args[0]))
+        block.register_forward_hook(lambda _, args, out, i=index: seen.__setitem__((i, "out"), out))
+        # In front of the hook that corrects what attention adds.
+        block.self_attn.register_forward_hook(
+            lambda _, args, out, i=index: seen.__setitem__((i, "attention"), out[0]), prepend=True
+        )
+        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__((i, "mid"), args[0]))
+    state = model(ids, output_shadow_logits=True, output_hidden_states=True)
+    assert state.logits.isfinite().all()
+    s = model._initial_state(network, ids, None, None, {"attention_mask": None, "use_cache": False})
+    for index in range(len(blocks)):
+        if index:
+            branch = seen[index - 1, "out"] - seen[index - 1, "mid"]
+            expected, s = network.step(index, seen[index - 1, "out"], s, branch)
+            assert_close(seen[index, "in"], expected)
+        added = seen[index, "attention"]
+        assert_close(seen[index, "mid"], network.step_between(index, seen[index, "in"] + added, s, added))
+        assert not torch.allclose(seen[index, "mid"], seen[index, "in"] + added)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "implementation"),
+    # gpt_oss has sinks, which torch's attention knows nothing of.
+    [(name, kind) for name in WITH_ATTENTION for kind in ("eager", "sdpa") if (name, kind) != ("gpt_oss", "sdpa")],
+)
+def test_between_sublayers_greedy_with_cache_and_drafts_equals_greedy_without(model_type, implementation):
+    model, ids = adapted(model_type, **BETWEEN), tokens()
+    model.base.set_attn_implementation(implementation)
+    uncached = generate(model, ids, use_cache=False)
+    assert torch.equal(generate(model, ids), uncached)
+    assert torch.equal(generate(model, ids, speculative=3), uncached)
+
+
+@pytest.mark.parametrize("between", [BETWEEN, {"inject_between": "sublayers"}, {"scale_state": True, "inject_branch": True}])
+def test_between_sublayers_and_with_branches_checkpointing_gives_the_same_gradients(between):
+    ids = tokens()
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted("llama", shadow_dropout=0.0, **between).train()
+        if checkpointing:
+            enable_checkpointing(model)
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in model.network().named_parameters()})
+    assert all(gradient is not None for gradient in gradients[0].values())
+    assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("model_type", sorted(set(ALL) - set(WITH_ATTENTION)))
+def test_between_sublayers_is_refused_where_attention_is_not_added_as_it_is_and_nothing_is_changed(model_type):
+    base = tiny_base(model_type)
+    with pytest.raises(ConfigError, match=f"does not go with a base of type '{model_type}'.*use 'blocks'.*llama"):
+        get_shadow_model(base, tiny_config(inject_between="sublayers"))
+    assert not any(block._forward_pre_hooks for block in blocks_of(decoder_of(base)))
+
+
+def test_a_block_that_keeps_its_keywords_from_its_attention_is_found_out(monkeypatch):
+    model = adapted("llama", inject_between="sublayers")
+    attention = blocks_of(decoder_of(model.base))[1].self_attn
+    plain = attention.forward
+    monkeypatch.setattr(model.base.model.layers[1], "self_attn", Deaf(plain))
+    with pytest.raises(AdapterError, match=r"block 1 ran without .* use inject_between='blocks'"):
+        model(tokens())
+
+
+class Deaf(torch.nn.Module):
+    """Attention that is called without the keywords it does not know."""
+
+    def __init__(self, plain) -> None:
+        super().__init__()
+        self.plain = plain
+
+    def forward(self, *args, shadow_run=None, **kwargs):
+        return self.plain(*args, **kwargs)
+
+
+def test_adapters_that_correct_between_sublayers_and_that_do_not_share_a_base():
+    model, ids = adapted("llama"), tokens()
+    before = model(ids).logits
+    model.add_adapter("finer", tiny_config(adapter_dtype="base", **BETWEEN))
+    randomise(model.network("finer"))
+    finer = model(ids, adapter="finer").logits
+    assert not torch.allclose(finer, before)
+    assert torch.equal(model(ids).logits, before)
+    base = model.unload()
+    assert not any(block._forward_pre_hooks or block.self_attn._forward_hooks for block in blocks_of(decoder_of(base)))
 
 
 def test_an_encoder_is_refused_with_the_list_of_what_is_supported():

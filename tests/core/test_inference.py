@@ -23,6 +23,10 @@ VARIANTS = [
     {"inject_diagonal": True, "inject_from": "state", "use_update": False},
     {"scale_state": True, "inject_diagonal": True, "alpha_rank": 3},
     {"scale_state": True, "inject_diagonal": True, "inject_activation": "silu", "alpha_rank": 3},
+    {"scale_state": True, "inject_branch": True},
+    {"scale_state": True, "inject_branch": True, "inject_diagonal": True, "inject_activation": "silu", "first_block": 0},
+    {"inject_between": "sublayers"},
+    {"inject_between": "sublayers", "share_steps": True, "scale_state": True, "inject_branch": True},
 ]
 
 
@@ -39,12 +43,15 @@ def network(preset="paper", **overrides):
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_every_variant_gives_the_numbers_of_the_step_with_gradients(variant, tokens):
     made = network(**variant).double()
-    h, s = torch.randn(2, 2, tokens, WIDTH, dtype=torch.float64).unbind()
+    h, s, added = torch.randn(3, 2, tokens, WIDTH, dtype=torch.float64).unbind()
     for block in range(NUM_BLOCKS):
-        expected = made.step(block, h, s)
+        branch = added if block else None
+        expected = made.step(block, h, s, branch)
+        between = made.step_between(block, h, s, added)
         with torch.no_grad():
-            found = inference.step(made, block, h, s)
-            assert_close(made.step(block, h, s), found, rtol=0, atol=0)
+            found = inference.step(made, block, h, s, branch)
+            assert_close(made.step(block, h, s, branch), found, rtol=0, atol=0)
+            assert_close(made.step_between(block, h, s, added), between)
         assert_close(found, expected)
 
 

@@ -93,6 +93,50 @@ def test_a_bottleneck_of_twice_the_rank_counts_half_and_the_diagonal_the_same(ac
     assert_close(wide(h, s), plain(h, s))  # at alpha_rank itself nothing is scaled
 
 
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize("source", ["difference", "state"])
+def test_a_branch_is_read_in_units_of_its_own_size_beside_what_is_read_anyway(activation, source):
+    h, s = states()
+    added = states(seed=1)[0] * 7
+    in_units = {"scale_state": True, "inject_branch": True, "inject_activation": activation, "inject_diagonal": True}
+    config = tiny_config(shadow_alpha=0.7, inject_from=source, **in_units)
+    injection = Injection(D, config).double().eval()
+    nn.init.normal_(injection.W_up)
+    nn.init.normal_(injection.diagonal)
+    scale = h.square().mean(-1, keepdim=True).sqrt()
+    read = (h / scale - s if source == "difference" else s) @ injection.W_down
+    read = read + added / added.square().mean(-1, keepdim=True).sqrt() @ injection.W_branch
+    made = (F.silu(read) if activation == "silu" else read) @ injection.W_up + injection.diagonal * s
+    assert_close(injection(h, s, added), h + 0.7 * scale * made)
+
+
+def test_a_branch_of_nothing_is_read_as_nothing():
+    h, s = states()
+    injection = Injection(D, tiny_config(scale_state=True, inject_branch=True)).double().eval()
+    nn.init.normal_(injection.W_up)
+    assert torch.equal(injection(h, s, torch.zeros_like(h)), injection(h, s, None))
+
+
+def test_in_front_of_the_first_block_no_branch_can_be_read_and_none_is_trained():
+    made = network(scale_state=True, inject_branch=True, first_block=0)
+    assert [injection.W_branch is None for injection in made.injections] == [True, False, False, False, False]
+    assert all(injection.W_branch is not None for injection in network(scale_state=True, inject_branch=True).injections)
+
+
+def test_a_branch_needs_the_unit_of_h():
+    with pytest.raises(ConfigError, match="inject_branch=True is not valid: expected False without scale_state"):
+        tiny_config(inject_branch=True)
+
+
+@pytest.mark.parametrize(("first_block", "first"), [(0, 0), (1, 0), (2, 1), (3, 2)])
+def test_corrections_between_sublayers_start_within_the_block_in_front_of_the_first_refined_one(first_block, first):
+    made = network(inject_between="sublayers", first_block=first_block)
+    assert [block for block in range(5) if made.midpoint(block) is not None] == list(range(first, 5))
+    assert len(made.midpoints) == 5 - first
+    assert len(network(inject_between="sublayers", share_steps=True).midpoints) == 1
+    assert not len(network(first_block=first_block).midpoints)
+
+
 def test_an_activation_needs_the_unit_of_h():
     with pytest.raises(ConfigError, match="scale_state"):
         tiny_config(inject_activation="silu")

@@ -31,6 +31,7 @@ def network_of(preset: str, model_type: str = "llama", **fields: object) -> Shad
         ("transform_dropout", False),
         ("scale_state", True),
         ("inject_diagonal", True),
+        ("inject_between", "sublayers"),
     ],
 )
 def test_a_variant_that_shadow_peft_lacks_is_refused_by_name(field, value):
@@ -54,6 +55,7 @@ def test_a_variant_that_shadow_peft_lacks_is_refused_by_name(field, value):
         ("transform_dropout", True),
         ("scale_state", True),
         ("inject_diagonal", True),
+        ("inject_between", "sublayers"),
     ],
 )
 def test_a_variant_that_peft_lacks_is_refused_by_name(field, value):

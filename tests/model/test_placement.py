@@ -118,7 +118,8 @@ def spread(base):
 
 
 ACTIVATED = {"scale_state": True, "inject_diagonal": True, "inject_activation": "silu"}
-CONFIGS = [{}, ACTIVATED, {"first_block": 2}, {"shadow_dropout": 0.1}]
+BETWEEN = {"scale_state": True, "inject_branch": True, "inject_between": "sublayers"}
+CONFIGS = [{}, ACTIVATED, {"first_block": 2}, {"shadow_dropout": 0.1}, BETWEEN, {"scale_state": True, "inject_branch": True}]
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -130,6 +131,8 @@ def test_steps_lie_with_their_blocks_and_states_follow(monkeypatch, config, trai
     network = model.network()
     devices = {index: network.parts(index)[0].W_down.device.type for index in range(network.config.first_block, 4)}
     assert devices == {index: FAR if index >= 2 else "cpu" for index in devices}
+    midpoints = [part.W_down.device.type for part in network.midpoints]  # type: ignore[union-attr]
+    assert midpoints == (["cpu", "cpu", FAR, FAR] if network.config.has_midpoints else [])
     assert {p.device.type for p in network.backbone.parameters()} == {"cpu"}
     with torch.set_grad_enabled(training):
         output = model(tokens(), labels=tokens(), output_logits=True)

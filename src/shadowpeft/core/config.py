@@ -67,10 +67,18 @@ class ShadowConfig:
     shadow_dropout: float = setting(0.2, "dropout of the injection and of the transform")
     dropout_at: Literal["bottleneck", "input"] = setting("bottleneck", "drop after W_down, or the d-wide input of it")
     down_init: Literal["normal", "linear"] = setting(
-        "normal", "W_down ~ N(0, 0.02^2) (N(0, 1/d) with inject_activation), or torch's nn.Linear default"
+        "normal", "W_down ~ N(0, 0.02^2) (N(0, 1/d) with inject_activation or inject_branch), or torch's nn.Linear default"
     )
     inject_from: Literal["difference", "state"] = setting("difference", "correct from h - s (Eq. 2) or from s alone")
     first_block: int = setting(1, "index of the first block whose input is corrected")
+    inject_between: Literal["blocks", "sublayers"] = setting(
+        "blocks", "correct what goes into blocks, or what goes from attention into the MLP as well"
+    )
+    inject_branch: bool = setting(
+        False,
+        "let the correction also read what the block (or sublayer) in front of it added to the residual stream, in units of "
+        "its own RMS: needs scale_state",
+    )
     scale_state: bool = setting(
         False, "multiply s by the RMS of each token's h where the two meet, so that h - s compares like with like"
     )
@@ -128,6 +136,8 @@ class ShadowConfig:
             require(is_valid is not None, "shadow_model", self.shadow_model, expected)
         fits = self.inject_activation == "none" or self.scale_state
         require(fits, "inject_activation", self.inject_activation, "'none' without scale_state: it works in the unit of h")
+        fits = not self.inject_branch or self.scale_state
+        require(fits, "inject_branch", self.inject_branch, "False without scale_state: it works in the unit of h")
         is_contradiction = self.freeze_backbone and self.is_implicit
         expected = "False for an implicit shadow, whose weights are fresh"
         require(not is_contradiction, "freeze_backbone", self.freeze_backbone, expected)
@@ -141,6 +151,16 @@ class ShadowConfig:
     def diagonal_ratio(self) -> float:
         """What the diagonal's part counts beside the bottleneck's, so that its scale is ``shadow_alpha`` at any rank."""
         return 1.0 if self.alpha_rank is None else self.r / self.alpha_rank
+
+    @property
+    def in_units(self) -> bool:
+        """Whether the bottleneck works on what it reads in units of its RMS."""
+        return self.inject_activation != "none" or self.inject_branch
+
+    @property
+    def has_midpoints(self) -> bool:
+        """Whether what goes from attention into the MLP is corrected."""
+        return self.inject_between == "sublayers"
 
     @property
     def is_implicit(self) -> bool:

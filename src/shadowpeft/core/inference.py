@@ -10,27 +10,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shadowpeft.core.step import ACTIVATIONS, rms, unit
+from shadowpeft.core.step import ACTIVATIONS, in_unit, rms, unit
 
 if TYPE_CHECKING:
     from shadowpeft.core.network import ShadowNetwork
     from shadowpeft.core.step import Injection, Update
 
 
-def step(network: "ShadowNetwork", block_index: int, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+def step(
+    network: "ShadowNetwork", block_index: int, h: Tensor, s: Tensor, branch: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``network.step`` for a network in evaluation mode while gradients are off; shapes and results as there."""
     if block_index < network.config.first_block:
         return h, s
     injection, update = network.parts(block_index)
-    h, s = beside(injection.W_down, h, s)
+    h, s, branch = beside(injection.W_down, h, s, branch)
     if update is not None:
         s = advance(update, h if network.update_norm is None else layer_norm(network.update_norm, h), s)
-    return correct(injection, h, s), s
+    return correct(injection, h, s, branch), s
 
 
-def beside(weight: Tensor, h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-    """``h`` and ``s`` on the device of a step's weights, which is that of the block it feeds."""
-    return (h, s) if h.device == s.device == weight.device else (h.to(weight.device), s.to(weight.device))
+def beside(weight: Tensor, h: Tensor, s: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What a step reads on the device of its weights, which is that of the block it feeds."""
+    device = weight.device
+    if h.device == s.device == device and (branch is None or branch.device == device):
+        return h, s, branch
+    return h.to(device), s.to(device), None if branch is None else branch.to(device)
 
 
 def layer_norm(norm: nn.LayerNorm, h: Tensor) -> Tensor:
@@ -58,15 +63,18 @@ def advance(update: "Update", z: Tensor, s: Tensor) -> Tensor:
     return torch.lerp(s.to(t.dtype), t, g.sigmoid_()).to(s.dtype)
 
 
-def correct(injection: "Injection", h: Tensor, s: Tensor) -> Tensor:
-    """Eq. 2-4: the corrected input of the block, [B, T, d], in the dtype of ``h``."""
+def correct(injection: "Injection", h: Tensor, s: Tensor, branch: Tensor | None = None) -> Tensor:
+    """Eq. 2-4: the corrected input of the block (or sublayer), [B, T, d], in the dtype of ``h``."""
     config = injection.config
     W_down, W_up = injection.W_down, injection.W_up
-    if config.inject_activation != "none":
+    if config.in_units:
         s = s.to(W_down.dtype)
         scale = rms(h).to(s.dtype)
         source = unit(h.to(s.dtype), scale) - s if config.inject_from == "difference" else s
-        added = ACTIVATIONS[config.inject_activation](source @ W_down) @ W_up
+        hidden = source @ W_down
+        if injection.W_branch is not None and branch is not None:
+            hidden += in_unit(branch, s.dtype) @ injection.W_branch
+        added = ACTIVATIONS[config.inject_activation](hidden) @ W_up
         if injection.diagonal is not None:
             added = added.addcmul_(injection.diagonal, s, value=config.diagonal_ratio)
         return torch.add(h, added.mul_(scale).to(h.dtype), alpha=config.bottleneck_alpha)

@@ -65,7 +65,12 @@ class ShadowNetwork(nn.Module):
             else None
         )
         num_steps = num_blocks - config.first_block
-        self.injections = nn.ModuleList(Injection(width, config) for _ in range(self._copies(num_steps)))
+        steps = range(self._copies(num_steps))
+        has_branch = config.first_block > 0 or config.share_steps
+        self.injections = nn.ModuleList(Injection(width, config, has_branch=has_branch or index > 0) for index in steps)
+        # In front of the MLPs, the first of them between the first two sublayers that a correction may lie between.
+        num_midpoints = num_blocks - self.first_midpoint if config.has_midpoints else 0
+        self.midpoints = nn.ModuleList(Injection(width, config) for _ in range(self._copies(num_midpoints)))
         # No update behind the last block: its result would feed nothing and never receive a gradient.
         num_updates = num_steps - 1 if config.use_update else 0
         self.updates = nn.ModuleList(Update(width, config) for _ in range(self._copies(num_updates)))
@@ -78,28 +83,61 @@ class ShadowNetwork(nn.Module):
     def _copies(self, count: int) -> int:
         return min(count, 1) if self.config.share_steps else count
 
+    @property
+    def step_parts(self) -> list[nn.Module]:
+        """What refines the base's blocks, which a detached shadow does without."""
+        parts = (self.injections, self.midpoints, self.updates, self.update_norm)
+        return [part for part in parts if part is not None]
+
     def project(self, hidden: Tensor) -> Tensor:
         """Eq. 10: [B, T, d_s] -> [B, T, d]."""
         return hidden if self.projection is None else self.projection(hidden.to(self.projection.weight.dtype))
 
-    def step(self, block_index: int, h: States, s: States) -> tuple[States, States]:
+    @property
+    def first_midpoint(self) -> int:
+        """The first block of which what goes from attention into the MLP is corrected, where ``inject_between`` says so."""
+        return max(self.config.first_block - 1, 0)
+
+    def step(self, block_index: int, h: States, s: States, branch: Tensor | None = None) -> tuple[States, States]:
         """What happens in front of one block: update s from the last block's output, then correct its input.
 
         Args:
             block_index: l, the block about to run.
             h: h_out(l-1), [B, T, d].
             s: the state in front of the last block, [B, T, d].
+            branch: what was added to the residual stream last, [B, T, d]; read with ``inject_branch``.
 
         Returns:
             ``(h(l), s(l-1))`` for l past the first refined block; in front of the first one s is s(0), unchanged;
             and in front of blocks that are not refined, ``h`` and ``s`` themselves.
         """
         if not (self.training or torch.is_grad_enabled()):
-            return inference.step(self, block_index, h, s)
+            return inference.step(self, block_index, h, s, branch)
         if block_index < self.config.first_block:
             return h, s
         injection, update = self.parts(block_index)
-        h, s = beside(injection.W_down, h, s)
+        return self._refine(injection, update, h, s, branch)
+
+    def step_between(self, block_index: int, h: States, s: States, branch: Tensor | None = None) -> States:
+        """What happens between attention and the MLP of a block, with ``inject_between="sublayers"``: the correction alone.
+
+        Args:
+            block_index: l.
+            h: the residual stream behind attention, [B, T, d].
+            s: the state in front of the block, [B, T, d].
+            branch: what attention added, [B, T, d].
+        """
+        midpoint = self.midpoint(block_index)
+        if midpoint is None:
+            return h
+        if self.training or torch.is_grad_enabled():
+            return self._refine(midpoint, None, h, s, branch)[0]
+        return inference.correct(midpoint, *beside(midpoint.W_down, h, s, branch))
+
+    def _refine(
+        self, injection: Injection, update: Update | None, h: Tensor, s: Tensor, branch: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        h, s, branch = beside(injection.W_down, h, s, branch)
         needs_grad = torch.is_grad_enabled() and (h.requires_grad or s.requires_grad or injection.W_up.requires_grad)
         backend, _ = step_backend(
             self.config, device=h.device, dtype=h.dtype, training=injection.training, needs_grad=needs_grad
@@ -108,7 +146,13 @@ class ShadowNetwork(nn.Module):
             return fused_step(backend, self._spec(injection), h, s, self._weights(injection, update))
         if update is not None:
             s = update(self._normed(h), s)
-        return injection(h, s), s
+        return injection(h, s, branch), s
+
+    def midpoint(self, block_index: int) -> Injection | None:
+        """The correction between attention and the MLP of a block, if there is one."""
+        if not self.config.has_midpoints or block_index < self.first_midpoint:
+            return None
+        return self.midpoints[0 if self.config.share_steps else block_index - self.first_midpoint]  # type: ignore[return-value]
 
     def parts(self, block_index: int) -> tuple[Injection, Update | None]:
         """What the step in front of a refined block is made of; the first one has no update."""

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from shadowpeft.core.config import ShadowConfig
 from shadowpeft.core.shapes import Down, Narrow, States, Up, Wide
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "none": lambda x: x}
 
 
 def discrepancy(h: States, s: States) -> States:
@@ -35,6 +35,11 @@ def rms(h: States) -> Tensor:
 def unit(h: States, scale: Tensor) -> States:
     """``h`` divided by its RMS ``scale``; zero where h is zero."""
     return h / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+
+
+def in_unit(branch: Tensor, dtype: torch.dtype) -> Tensor:
+    """What was added to the residual stream, [B, T, d], divided by its RMS, in ``dtype``."""
+    return unit(branch.to(dtype), rms(branch).to(dtype))
 
 
 def correction(delta: States, W_down: Down, W_up: Up, *, dropout: float = 0.0, at: str = "bottleneck") -> States:
@@ -70,36 +75,49 @@ class Injection(nn.Module):
     Beyond the paper, ``scale_state`` replaces s by ``rms(h) * s``, and ``inject_diagonal`` adds ``v * s`` to the
     correction, with a trained vector ``diagonal`` that starts at zero too. ``inject_activation`` puts an activation into
     the bottleneck, which then reads ``h / rms(h) - s`` and whose result is multiplied by ``rms(h)``; without an activation
-    that is the same as the above. ``alpha_rank`` weighs the bottleneck by the inverse of its rank.
+    that is the same as the above. ``alpha_rank`` weighs the bottleneck by the inverse of its rank. With ``inject_branch``
+    the bottleneck also reads the last addition to the residual stream, divided by its RMS, by weights ``W_branch`` of its own.
+
+    Args:
+        has_branch: whether anything was added to the stream in front of it: not so in front of the first block.
     """
 
+    W_branch: nn.Parameter | None
     diagonal: nn.Parameter | None
 
-    def __init__(self, width: int, config: ShadowConfig) -> None:
+    def __init__(self, width: int, config: ShadowConfig, *, has_branch: bool = True) -> None:
         super().__init__()
         self.config = config
         self.W_down = nn.Parameter(torch.empty(width, config.r))
         self.W_up = nn.Parameter(torch.empty(config.r, width))
+        reads_branch = config.inject_branch and has_branch
+        self.register_parameter("W_branch", nn.Parameter(torch.empty(width, config.r)) if reads_branch else None)
         self.register_parameter("diagonal", nn.Parameter(torch.empty(width)) if config.inject_diagonal else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        if self.config.down_init == "normal":
-            # An activation wants inputs of size one, and has entries of size one to make them from.
-            is_linear = self.config.inject_activation == "none"
-            nn.init.normal_(self.W_down, std=0.02 if is_linear else self.W_down.shape[0] ** -0.5)
-        else:
-            linear_init_(self.W_down)
+        for weight in (self.W_down, self.W_branch):
+            if weight is None:
+                continue
+            if self.config.down_init == "normal":
+                # An activation wants inputs of size one, and has entries of size one to make them from.
+                nn.init.normal_(weight, std=weight.shape[0] ** -0.5 if self.config.in_units else 0.02)
+            else:
+                linear_init_(weight)
         nn.init.zeros_(self.W_up)
         if self.diagonal is not None:
             nn.init.zeros_(self.diagonal)
 
-    def forward(self, h: Tensor, s: Tensor) -> Tensor:
-        """[B, T, d], [B, T, d] -> [B, T, d]: the corrected input of the block."""
+    def forward(self, h: Tensor, s: Tensor, branch: Tensor | None = None) -> Tensor:
+        """[B, T, d], [B, T, d] -> [B, T, d]: the corrected input of the block (or sublayer).
+
+        ``branch``: what was added to the residual stream last, [B, T, d], None in front of the first block; read where there
+        is ``W_branch``.
+        """
         config = self.config
         dropout = config.shadow_dropout if self.training else 0.0
-        if config.inject_activation != "none":
-            return inject(h, self._activated(h, s, dropout), config.bottleneck_alpha)
+        if config.in_units:
+            return inject(h, self._in_units(h, s, branch, dropout), config.bottleneck_alpha)
         if config.scale_state:
             s = s * rms(h)
         source = discrepancy(h, s) if config.inject_from == "difference" else s
@@ -109,8 +127,8 @@ class Injection(nn.Module):
             added = torch.addcmul(added, self.diagonal, s.to(self.diagonal.dtype), value=config.diagonal_ratio)
         return inject(h, added, config.bottleneck_alpha)
 
-    def _activated(self, h: Tensor, s: Tensor, dropout: float) -> Tensor:
-        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down)) W_up + ratio v * s)``, [B, T, d]."""
+    def _in_units(self, h: Tensor, s: Tensor, branch: Tensor | None, dropout: float) -> Tensor:
+        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down + b / rms(b) W_branch)) W_up + ratio v * s)``, [B, T, d]."""
         config = self.config
         s = s.to(self.W_down.dtype)
         scale = rms(h).to(s.dtype)
@@ -118,6 +136,9 @@ class Injection(nn.Module):
         drops_input = config.dropout_at == "input"
         source = F.dropout(source, dropout) if drops_input else source
         hidden = source @ self.W_down
+        if self.W_branch is not None and branch is not None:
+            added = in_unit(branch, s.dtype)
+            hidden = hidden + (F.dropout(added, dropout) if drops_input else added) @ self.W_branch
         hidden = hidden if drops_input else F.dropout(hidden, dropout)
         added = ACTIVATIONS[config.inject_activation](hidden) @ self.W_up
         if self.diagonal is not None:

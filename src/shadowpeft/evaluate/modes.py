@@ -68,10 +68,6 @@ def parameters_in_use(model: ShadowModel) -> dict[str, int]:
     # By the config: a loaded adapter is frozen as a whole, and was trained all the same.
     frozen = {id(p) for part in frozen_parts(network) for p in part.parameters()}
     attached = sum(p.numel() for p in network.parameters() if id(p) not in frozen)
-    steps = sum(
-        p.numel()
-        for part in (network.injections, network.updates, network.update_norm, network.head)
-        if part is not None
-        for p in part.parameters()
-    )
+    only_attached = [*network.step_parts, *([] if network.head is None else [network.head])]
+    steps = sum(p.numel() for part in only_attached for p in part.parameters())
     return {"base": 0, "attached": attached, "detached": attached - steps}

@@ -126,7 +126,7 @@ def draft_cost(passes: Passes) -> float:
     if not network.config.shares_embeddings:
         shadow -= _num_bytes(network.backbone.get_input_embeddings())
     draft_head = head.nbytes if passes.draft_weight is None else passes.draft_weight.nbytes
-    steps = _num_bytes(network.injections) + _num_bytes(network.updates)
+    steps = sum(_num_bytes(part) for part in network.step_parts)
     return (shadow + draft_head) / (_num_bytes(blocks_of(decoder_of(model.base))) + steps + shadow + head.nbytes)
 
 

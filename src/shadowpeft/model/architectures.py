@@ -31,6 +31,8 @@ class Architecture:
         finish_field: config field that says what the causal language model does to ``head(hidden)``, None if nothing.
         per_layer: config fields with one entry a block.
         embedding: the decoder's attribute that holds the token embedding.
+        attention: a block's attribute whose output is added to the residual stream as it is, in front of the MLP, and
+            which gets the block's keywords; None where there is none.
     """
 
     blocks: str = "layers"
@@ -40,6 +42,7 @@ class Architecture:
     finish_field: str | None = None
     per_layer: tuple[str, ...] = ("layer_types",)
     embedding: str = "embed_tokens"
+    attention: str | None = None
 
     def finish(self, config: PreTrainedConfig) -> LogitFinish:
         return LogitFinish() if self.finish_field is None else _FINISHES[self.finish_field](getattr(config, self.finish_field))
@@ -49,20 +52,20 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "mixtral": Architecture(),
-    "qwen2": Architecture(head_dim=None),
-    "qwen3": Architecture(),
-    "qwen3_moe": Architecture(mlp_width=("intermediate_size", "moe_intermediate_size")),
-    "gemma": Architecture(),
+    "llama": Architecture(attention="self_attn"),
+    "mistral": Architecture(attention="self_attn"),
+    "mixtral": Architecture(attention="self_attn"),
+    "qwen2": Architecture(head_dim=None, attention="self_attn"),
+    "qwen3": Architecture(attention="self_attn"),
+    "qwen3_moe": Architecture(mlp_width=("intermediate_size", "moe_intermediate_size"), attention="self_attn"),
+    "gemma": Architecture(attention="self_attn"),
     "gemma2": Architecture(finish_field="final_logit_softcapping"),
     "gemma3_text": Architecture(finish_field="final_logit_softcapping"),
     "phi": Architecture(head_dim=None),
     "phi3": Architecture(head_dim=None),
     "olmo2": Architecture(head_dim=None),
     "granite": Architecture(head_dim=None, finish_field="logits_scaling"),
-    "smollm3": Architecture(head_dim=None, per_layer=("layer_types", "no_rope_layers")),
+    "smollm3": Architecture(head_dim=None, per_layer=("layer_types", "no_rope_layers"), attention="self_attn"),
     "gpt_neox": Architecture(kv_heads=None, head_dim=None, embedding="embed_in"),
     "gpt2": Architecture(blocks="h", mlp_width=("n_inner",), kv_heads=None, head_dim=None, embedding="wte"),
     "opt": Architecture(
@@ -75,7 +78,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "stablelm": Architecture(head_dim=None),
     "starcoder2": Architecture(head_dim=None),
     "cohere": Architecture(head_dim=None, finish_field="logit_scale"),
-    "gpt_oss": Architecture(),
+    "gpt_oss": Architecture(attention="self_attn"),
 }
 
 
@@ -115,6 +118,26 @@ def head_of(model: PreTrainedModel) -> nn.Linear:
 
 def blocks_of(decoder: PreTrainedModel) -> nn.ModuleList:
     return attrgetter(architecture_of(decoder.config).blocks)(decoder)
+
+
+def attentions_of(decoder: PreTrainedModel) -> list[nn.Module]:
+    """The attention of every block, behind which the residual stream can be corrected; empty where it cannot be."""
+    name = architecture_of(decoder.config).attention
+    return [] if name is None else [getattr(block, name) for block in blocks_of(decoder)]
+
+
+def check_midpoints(config: PreTrainedConfig) -> None:
+    """Refuses corrections between sublayers on a base whose sublayers are not added to the stream one by one, as they are.
+
+    Raises:
+        ConfigError: this is such a base; the message lists what is not.
+    """
+    if architecture_of(config).attention is None:
+        able = sorted(name for name, row in ARCHITECTURES.items() if row.attention is not None)
+        raise ConfigError(
+            f"inject_between='sublayers' does not go with a base of type {config.model_type!r}: its blocks norm, scale or drop "
+            f"what attention adds, or run both sublayers side by side; use 'blocks', or a base of type {', '.join(able)}"
+        )
 
 
 def check_base(model: PreTrainedModel, *, first_block: int) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from shadowpeft.core import ShadowConfig, ShadowNetwork
 from shadowpeft.errors import ConfigError
-from shadowpeft.model.architectures import blocks_of, check_base, decoder_of
+from shadowpeft.model.architectures import blocks_of, check_base, check_midpoints, decoder_of
 from shadowpeft.model.backbones import embedding_width, explicit_backbone, implicit_backbone
 from shadowpeft.model.placement import place
 from shadowpeft.model.pretrained import load_projection
@@ -30,6 +30,8 @@ def build_network(base: PreTrainedModel, config: ShadowConfig, **load_options: A
         ConfigError: the config does not fit the base, or asks for what would do nothing.
     """
     check_base(base, first_block=config.first_block)
+    if config.has_midpoints:
+        check_midpoints(base.config)
     if not all(weight.is_meta for weight in base.parameters()):  # else it is counted only, sizes that do nothing among others
         refuse_idle(config)
     expected = "SEQ_CLS" if is_classifier(base) else "CAUSAL_LM"

@@ -22,7 +22,7 @@ from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_o
 
 _FORMULA = (
     *("inject_from", "use_update", "share_steps", "update_norm", "update_activation", "update_bias"),
-    *("scale_state", "inject_diagonal"),  # inject_activation needs scale_state
+    *("scale_state", "inject_diagonal", "inject_between"),  # inject_activation and inject_branch need scale_state
 )
 _DROPOUT = ("dropout_at", "transform_dropout")
 _STACKS = ("shadow_injection_model.injection_downs", "shadow_injection_model.injection_ups")

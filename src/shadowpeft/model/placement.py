@@ -54,9 +54,9 @@ def places(network: ShadowNetwork, base: PreTrainedModel) -> list[tuple[nn.Modul
     decoder = decoder_of(base)
     start = device_of(base.get_input_embeddings(), decoder.device)
     found: list[tuple[nn.Module, torch.device]] = [(network, start)]
-    refined = list(enumerate(blocks_of(decoder)))[network.config.first_block :]
-    for index, block in [] if network.config.share_steps else refined:
-        found += [(part, device_of(block, start)) for part in network.parts(index) if part is not None]
+    for index, block in [] if network.config.share_steps else enumerate(blocks_of(decoder)):
+        parts = network.parts(index) if index >= network.config.first_block else ()
+        found += [(part, device_of(block, start)) for part in (*parts, network.midpoint(index)) if part is not None]
     return found
 
 

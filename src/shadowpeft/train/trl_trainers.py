@@ -98,9 +98,8 @@ class ShadowDPOTrainer(AttachedHead, ShadowTrainer, DPOTrainer):  # type: ignore
     def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **kwargs: Any) -> Any:  # type: ignore[override]
         arguments, adapted = cast(Any, self.args), cast(ShadowModelForCausalLM, self.accelerator.unwrap_model(self.model))
         if arguments.disable_dropout:
-            network = adapted.network()
-            network.injections.eval()
-            network.updates.eval()
+            for part in adapted.network().step_parts:
+                part.eval()
         return DPOTrainer.compute_loss(self, model, inputs, return_outputs, **kwargs)
 
     def prediction_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import torch
 
 from deploy.running import held_steps
 from deploy.tiny import byte_tokenizer, shadow_model
+from models import randomise, tiny_config
 from shadowpeft.deploy.serve import batch as batches
 from shadowpeft.deploy.serve import joining
 from shadowpeft.deploy.serve.batch import Batch
@@ -63,9 +64,18 @@ def decode(model, batch):
         batch = batches.step(model, batch)
 
 
-@pytest.mark.parametrize("model_type", FAMILIES)
+def with_finer_corrections(model_type):
+    """The first adapter's rows are corrected between blocks, the second's between sublayers too, which reads branches."""
+    model = shadow_model(model_type, adapters=("robot",))
+    finer = {"inject_between": "sublayers", "inject_branch": True, "scale_state": True}
+    model.add_adapter("home", tiny_config(**finer))
+    randomise(model.network("home"), seed=2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("model_type", [*FAMILIES, "between sublayers"])
 def test_rows_of_all_adapters_and_modes_that_join_late_get_their_own_greedy_answer(model_type):
-    model = shadow_model(model_type)
+    model = with_finer_corrections("qwen3") if model_type == "between sublayers" else shadow_model(model_type)
     jobs = [job(name, 3 + 5 * i, i, max_tokens=6 + 4 * i) for i, name in enumerate(PATHS)]
     rows = [listening(wanted) for wanted in jobs]
     batch = batches.prefill(model, [rows[3][0], rows[0][0]])

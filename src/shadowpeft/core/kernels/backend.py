@@ -35,6 +35,8 @@ def step_backend(
         return "autograd", "inside torch.compile, whose partitioner decides what to keep and what to recompute"
     if not needs_grad:
         return "autograd", "no gradient is needed, so nothing would be kept anyway"
+    if config.inject_branch:
+        return "autograd", "no other implementation of a correction that reads the branch in front of it"
     drops = training and config.shadow_dropout > 0
     if drops and device.type not in DEVICE_TYPES:
         return "autograd", f"dropout masks cannot be drawn a second time on {device.type!r}"

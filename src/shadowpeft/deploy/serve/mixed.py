@@ -49,11 +49,22 @@ class MixedRun:
     def __init__(self, parts: Sequence[tuple[Tensor, ShadowRun]]) -> None:
         self.parts = parts
 
+    @property
+    def goes_into_blocks(self) -> bool:
+        return any(run.goes_into_blocks for _, run in self.parts)
+
     def step(self, block_index: int, h: Tensor) -> Tensor:
         """The corrected input of block ``block_index``, [B, T, d]."""
         for rows, run in self.parts:
             h = h.index_copy(0, rows.to(h.device), run.step(block_index, h[rows]))
         return h
+
+    def between(self, block_index: int, added: Tensor) -> Tensor:
+        """What attention of block ``block_index`` is to add to the residual stream, [B, T, d]."""
+        for rows, run in self.parts:
+            if run.goes_into_blocks:
+                added = added.index_copy(0, rows.to(added.device), run.between(block_index, added[rows]))
+        return added
 
 
 # Of each adapter: indices [b] of its rows, and their s(0) [b, T, d].

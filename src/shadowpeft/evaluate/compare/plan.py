@@ -14,7 +14,7 @@ from shadowpeft.evaluate.compare.recipe import ADAPTERS, BaseSpec, MethodSpec, R
 from shadowpeft.train.tasks import TASKS
 
 # Fields of ShadowConfig that came after the first results, with the value at which they change nothing.
-ADDED = {"alpha_rank": None}
+ADDED = {"alpha_rank": None, "inject_between": "blocks", "inject_branch": False}
 
 
 @dataclass(frozen=True, kw_only=True)
