@@ -229,8 +229,12 @@ def test_packed_sequences_do_not_see_each_other():
     assert_close(packed, torch.cat([model(first).logits, model(second).logits], 1))
 
 
-def test_a_full_graph_compiles_and_agrees(without_shape_checks):
-    model, ids = adapted(), tokens()
+BETWEEN = {"inject_between": "sublayers", "inject_branch": True, "scale_state": True}
+
+
+@pytest.mark.parametrize("config", [{}, BETWEEN])
+def test_a_full_graph_compiles_and_agrees(without_shape_checks, config):
+    model, ids = adapted(**config), tokens()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 

@@ -166,8 +166,9 @@ def test_varlen_kernels_get_the_borders_in_both_paths(model_type):
 
 # Raised inside torch, when Dynamo traces the backward of any torch.autograd.Function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_training_step_compiles_as_one_graph(without_shape_checks):
-    model, ids = adapted(distillation_weight=0.5), tokens()
+@pytest.mark.parametrize("config", [{}, {"inject_between": "sublayers", "inject_branch": True, "scale_state": True}])
+def test_a_training_step_compiles_as_one_graph(without_shape_checks, config):
+    model, ids = adapted(distillation_weight=0.5, **config), tokens()
     expected = gradients(model, input_ids=ids, labels=answers(ids))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     model.zero_grad()
