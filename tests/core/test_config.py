@@ -54,8 +54,15 @@ def test_attached_is_what_is_recommended_with_the_weights_in_the_corrections():
     assert attached == recommended.replace(auxiliary_loss_weight=2.0, **sizes)
 
 
+def test_sublayers_is_what_is_recommended_without_an_activation_in_twice_as_many_places():
+    recommended, sublayers = ShadowConfig.preset("recommended"), ShadowConfig.preset("sublayers")
+    sizes = {"r": 32, "alpha_rank": 8, "shadow_num_attention_heads": 1, "shadow_intermediate_size": 32}
+    places = {"inject_between": "sublayers", "inject_branch": True, "inject_activation": "none"}
+    assert sublayers == recommended.replace(shadow_alpha=2.0, auxiliary_loss_weight=0.2, **sizes, **places)
+
+
 def test_an_unknown_preset_lists_the_known_ones():
-    with pytest.raises(ConfigError, match="paper, recommended, attached, authors, peft"):
+    with pytest.raises(ConfigError, match="paper, recommended, attached, sublayers, authors, peft"):
         ShadowConfig.preset("lora")
 
 

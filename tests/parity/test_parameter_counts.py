@@ -58,10 +58,11 @@ def test_an_implicit_shadow_in_the_authors_layout_has_the_published_total(size):
 
 
 @pytest.mark.parametrize("size", SHAPES)
-def test_attached_has_most_of_its_weights_in_the_corrections(size):
+@pytest.mark.parametrize("preset", ["attached", "sublayers"])
+def test_attached_and_sublayers_have_most_of_their_weights_in_the_corrections(size, preset):
     with torch.device("meta"):
-        network = get_shadow_model(Qwen3ForCausalLM(qwen3(size)), ShadowConfig.preset("attached")).network()
-    in_corrections = sum(parameter.numel() for parameter in network.injections.parameters())
+        network = get_shadow_model(Qwen3ForCausalLM(qwen3(size)), ShadowConfig.preset(preset)).network()
+    in_corrections = sum(parameter.numel() for part in network.step_parts for parameter in part.parameters())
     assert in_corrections > 0.8 * network.num_parameters(only_trainable=True)
 
 

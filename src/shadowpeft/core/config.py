@@ -193,8 +193,8 @@ class ShadowConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
         """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that
-        with its weights in the corrections (``attached``); see docs/equations.md. A preset's sizes are left out where the
-        shadow is not implicit."""
+        with its weights in the corrections (``attached``), which lie between attention and MLP too (``sublayers``); see
+        docs/equations.md. A preset's sizes are left out where the shadow is not implicit."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**preset_fields(name, overrides.get("shadow_model", "implicit")), **overrides})
@@ -240,6 +240,19 @@ PRESETS: dict[str, dict[str, Any]] = {
         "shadow_num_attention_heads": 1,
         "shadow_intermediate_size": 64,
         "auxiliary_loss_weight": 2.0,
+    },
+    # The same, in twice as many places, each of which also reads what the sublayer in front of it added.
+    "sublayers": {
+        **_RECOMMENDED,
+        "inject_between": "sublayers",
+        "inject_branch": True,
+        "inject_activation": "none",
+        "shadow_alpha": 2.0,
+        "r": 32,
+        "alpha_rank": 8,
+        "shadow_num_attention_heads": 1,
+        "shadow_intermediate_size": 32,
+        "auxiliary_loss_weight": 0.2,
     },
     "authors": {"shadow_layer_types": "base"},
     "peft": {

@@ -116,7 +116,7 @@ def test_every_method_tries_the_same_number_of_settings_and_only_the_shadow_an_a
         assert [set(trial) for trial in trials] == [{"learning_rate"}] * 4
     trials = trials_of(MethodSpec(kind="shadow"), 4)
     assert len({trial["learning_rate"] for trial in trials}) == len({trial["shadow_alpha"] for trial in trials}) == 4
-    for preset in ("recommended", "attached"):  # they have an alpha
+    for preset in ("recommended", "attached", "sublayers"):  # they have an alpha
         trials = trials_of(MethodSpec(kind="shadow", shadow={"preset": preset}), 4)
         assert [set(trial) for trial in trials] == [{"learning_rate"}] * 4
     assert trials_of(MethodSpec(kind="none"), 4) == [{}]

@@ -50,7 +50,7 @@ def trials_of(method: MethodSpec, count: int, given: Sequence[dict[str, float]] 
 
 def ranges_of(method: MethodSpec) -> dict[str, tuple[float, float]]:
     """The ranges that a method's settings are spread over: the presets made here have an alpha, and a higher rate."""
-    if method.kind == "shadow" and method.shadow.get("preset") in ("recommended", "attached"):
+    if method.kind == "shadow" and method.shadow.get("preset") in ("recommended", "attached", "sublayers"):
         return {"learning_rate": (7e-4, 2.4e-2)}
     return RANGES[method.kind]
 
