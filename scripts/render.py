@@ -34,7 +34,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compare-embedded-all": partial(quality.compare_table, "compare_small", "embedded"),
     "compare-unread": partial(quality.compare_table, "compare_unread", "unread"),
     "confirm": partial(quality.compare_table, "confirm", "embedded"),
-    "compare-babyllama": partial(quality.compare_table, "compare_babyllama", "babyllama"),
+    "compare-babyllama": partial(quality.compare_table, "compare_babyllama", "babyllama", ("attached (detached)",)),
     "compare-long": partial(quality.compare_table, "compare_long", "embedded"),
     "transfer": partial(quality.transfer_table, "compare_small", "embedded"),
     "transfer-long": partial(quality.transfer_table, "compare_long", "embedded"),

@@ -13,7 +13,8 @@ MODES = ("base", "attached", "detached")
 NAMES = {"none": "untouched base", "probe": "linear probe", "full": "all weights", "lora": "LoRA",
           "dora": "DoRA", "paper": "shadow, the paper's formula",
          "shadow": "shadow, `recommended`", "shadow (detached)": "the same, detached",
-         "attached": "shadow, `attached`", "attached (detached)": "`attached`, detached"}  # fmt: skip
+         "attached": "shadow, `attached`", "attached (detached)": "`attached`, detached",
+         "sublayers": "shadow, `sublayers`", "sublayers (detached)": "`sublayers`, detached"}  # fmt: skip
 
 
 def demo_table() -> str:
@@ -106,7 +107,8 @@ def shadow_text_table() -> str:
 
 # Tasks whose validation rows the presets `recommended` and `attached` were chosen by.
 CHOSEN_BY = ("trec", "clinc150", "home_commands", "home_calls", "clinc150_calls")
-OTHERS = ("paper", "shadow", "attached")
+OTHERS = ("paper", "shadow", "attached", "sublayers")
+AGAINST_DORA = ("shadow", "sublayers")
 
 
 def compare_table(name: str, base: str, leave_out: tuple[str, ...] = ()) -> str:
@@ -125,7 +127,8 @@ def compare_table(name: str, base: str, leave_out: tuple[str, ...] = ()) -> str:
     kinds = {entry: TASKS[spec.task].kind for entry, spec in entries.items()}
     heads = [NAMES.get(method, method) for method in methods]
     heads += [f"{NAMES[method]}, above LoRA" for method in others]
-    heads += ["shadow, `recommended`, above DoRA"] if "dora" in methods and "shadow" in methods else []
+    against_dora = [method for method in AGAINST_DORA if method in methods and "dora" in methods]
+    heads += [f"{NAMES[method]}, above DoRA" for method in against_dora]
     lines = [f"| task | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     usual = max((len(row["seeds"]) for row in rows if row["task"] in tasks), default=0)
     for task in [*tasks, *means]:
@@ -135,8 +138,7 @@ def compare_table(name: str, base: str, leave_out: tuple[str, ...] = ()) -> str:
             scores = {method: row if row and row["num_tasks"] == largest else None for method, row in scores.items()}
         shown = [score_and_seeds(row, usual) for row in scores.values()]
         shown += [gap_of(scores[method]) for method in others]
-        if len(heads) > len(shown):
-            shown.append(gap_of(cells.get(("shadow", task)), "dora"))
+        shown += [gap_of(cells.get((method, task)), "dora") for method in against_dora]
         lines.append(f"| {task if task in means else named(task, kinds, scores['lora']['metric'])} | {' | '.join(shown)} |")
         if task in tasks:
             lines += other_metrics(named(task, kinds, "{}"), scores, len(heads))

@@ -156,7 +156,8 @@ def test_the_recipe_of_the_other_base_solves_its_budget_and_keeps_a_methods_own_
     assert not [line.problem for line in lines if line.problem]
     sized = [line.sized for line in lines if line.sized is not None and line.sized.target is not None]
     assert len(sized) > 0 and all(each.trainable == pytest.approx(each.target, rel=0.02) for each in sized)
-    heads = {name: store.method(name, "babyllama").shadow["shadow_num_attention_heads"] for name in ("shadow", "attached", "sublayers")}
+    names = ("shadow", "attached", "sublayers")
+    heads = {name: store.method(name, "babyllama").shadow["shadow_num_attention_heads"] for name in names}
     assert heads == {"shadow": 4, "attached": 1, "sublayers": 1}
 
 
