@@ -189,12 +189,11 @@ def test_between_sublayers_the_mlp_reads_the_corrected_stream_and_so_does_all_be
     s = model._initial_state(network, ids, None, None, {"attention_mask": None, "use_cache": False})
     for index in range(len(blocks)):
         if index:
-            branch = seen[index - 1, "out"] - seen[index - 1, "mid"]
-            expected, s = network.step(index, seen[index - 1, "out"], s, branch)
+            expected, s = network.step(index, seen[index - 1, "out"], s, seen[index - 1, "mid"])
             assert_close(seen[index, "in"], expected)
-        added = seen[index, "attention"]
-        assert_close(seen[index, "mid"], network.step_between(index, seen[index, "in"] + added, s, added))
-        assert not torch.allclose(seen[index, "mid"], seen[index, "in"] + added)
+        plain = seen[index, "in"] + seen[index, "attention"]
+        assert_close(seen[index, "mid"], network.step_between(index, plain, s, seen[index, "in"]))
+        assert not torch.allclose(seen[index, "mid"], plain)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from models import randomise, tiny_config
 from shadowpeft.core import ShadowConfig
-from shadowpeft.core.kernels import StepSpec, StepWeights, fused_step, step_backend
+from shadowpeft.core.kernels import Branch, StepSpec, StepWeights, fused_step, step_backend
 from shadowpeft.core.kernels.backend import variant_obstacle
 from shadowpeft.core.network import ShadowNetwork
 
@@ -44,6 +44,18 @@ VARIANTS = {
         **{"scale_state": True, "inject_activation": "silu", "inject_diagonal": True, "use_update": False, "alpha_rank": 2}
     },
     "activation, dropout on the input": {"scale_state": True, "inject_activation": "silu", "dropout_at": "input"},
+    "branch": {"scale_state": True, "inject_branch": True},
+    "branch, diagonal, activation, no update": {
+        **{"scale_state": True, "inject_branch": True, "inject_activation": "silu", "inject_diagonal": True},
+        "use_update": False,
+    },
+    "branch, from the state, dropout on the input": {
+        **{"scale_state": True, "inject_branch": True, "inject_from": "state", "dropout_at": "input", "first_block": 0}
+    },
+    "branch, midpoints, rank scaled": {
+        **{"scale_state": True, "inject_branch": True, "inject_between": "sublayers", "inject_diagonal": True, "alpha_rank": 2}
+    },
+    "midpoints": {"inject_between": "sublayers"},
 }
 
 
@@ -67,9 +79,12 @@ def plain_steps():
 
 def chain(made, h, s):
     """All four steps with something between them that keeps its input, as a block does."""
+    stream = h * 0.5
     for index in range(made.config.first_block, 5):
-        h, s = made.step(index, h, s)
-        h = h + torch.tanh(h)
+        h, s = made.step(index, h, s, stream if index else None)
+        if made.config.has_midpoints:
+            stream, h = h, made.step_between(index, h + torch.tanh(h), s, h)
+        stream, h = h, h + torch.tanh(h)
     return h, s
 
 
@@ -95,7 +110,10 @@ def test_values_and_all_gradients_equal_plain_autograd_under_the_same_masks(vari
 ACTIVATED = {"scale_state": True, "inject_activation": "silu", "inject_diagonal": True}
 
 
-@pytest.mark.parametrize("formula", [{}, ACTIVATED], ids=["paper", "activated"])
+BRANCHED = {"scale_state": True, "inject_branch": True, "inject_between": "sublayers"}
+
+
+@pytest.mark.parametrize("formula", [{}, ACTIVATED, BRANCHED], ids=["paper", "activated", "branched"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_narrow_states_agree_to_their_rounding(dtype, formula):
     """In fp32 to torch's default tolerance. In bf16 the wide results are rounded to 8 bits at the same places in both
@@ -113,12 +131,16 @@ def test_the_operation_passes_gradcheck(variant, dropout):
     w = made._weights(made.injections[-1], made.updates[-1] if len(made.updates) else None)
     spec = StepSpec.of(config, training=True)
 
-    def step(h, s, *weights):
+    W_branch = made.injections[-1].W_branch
+
+    def step(h, s, stream, *weights):
         torch.manual_seed(7)
         supply = iter(weights)
-        return fused_step("recompute", spec, h, s, StepWeights(*(None if x is None else next(supply) for x in w)))
+        branch = None if W_branch is None else Branch(stream, next(supply))
+        return fused_step("recompute", spec, h, s, StepWeights(*(None if x is None else next(supply) for x in w)), branch)
 
-    inputs = [x.detach().requires_grad_() for x in (*states(), *(x for x in w if x is not None))]
+    given = (*states(), states(seed=5)[0], *(x for x in (W_branch, *w) if x is not None))
+    inputs = [x.detach().requires_grad_() for x in given]
     assert torch.autograd.gradcheck(step, inputs)
 
 
@@ -259,6 +281,25 @@ def test_no_kernel_weighs_the_diagonal_apart_from_the_bottleneck():
     assert variant_obstacle(config.replace(r=8), dtype=torch.bfloat16, drops=False) is None
     assert variant_obstacle(config.replace(inject_diagonal=False), dtype=torch.bfloat16, drops=False) is None
     assert variant_obstacle(config.replace(alpha_rank=None), dtype=torch.bfloat16, drops=False) is None
+
+
+def test_an_addition_of_nothing_has_finite_gradients_like_plain_autograd():
+    made = network(**BRANCHED, shadow_dropout=0.0, adapter_dtype="float64").train()
+    gradients = []
+    for plain in (False, True):
+        h, s = (tensor.requires_grad_() for tensor in states())
+        stream = states()[0].requires_grad_()  # equal to h: nothing was added
+        with plain_steps() if plain else contextlib.nullcontext():
+            made.step_between(2, h, s, stream).sin().sum().backward()
+        assert h.grad is not None and h.grad.isfinite().all()
+        gradients.append((h.grad, s.grad, stream.grad))
+        assert gradients[-1][2].any(), "as steep as it is by the smallest size that counts"
+    assert_close(*gradients)
+
+
+def test_no_kernel_reads_a_branch():
+    config = ShadowConfig(scale_state=True, inject_branch=True)
+    assert variant_obstacle(config, dtype=torch.bfloat16, drops=False) == "a correction that reads the branch in front of it"
 
 
 @pytest.mark.parametrize("activation", ["none", "silu"])

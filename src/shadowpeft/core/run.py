@@ -71,8 +71,8 @@ class ShadowRun:
                 "it; use inject_between='blocks' on this base"
             )
         reads_branch = config.inject_branch and block_index >= max(config.first_block, 1)
-        branch = h - self._stream[block_index - 1].to(h.device) if reads_branch else None
-        corrected, state = self.network.step(block_index, h, previous.to(h.device), branch)
+        stream = self._stream[block_index - 1].to(h.device) if reads_branch else None
+        corrected, state = self.network.step(block_index, h, previous.to(h.device), stream)
         # By the gradient of the stream, if only by the weights of the step: s(0) of a frozen shadow has none.
         self._states = _with(self._states, block_index, state, keep=corrected.requires_grad)
         if config.has_midpoints:
@@ -89,8 +89,9 @@ class ShadowRun:
         Only for ``inject_between="sublayers"``: the correction of what goes into the MLP lies in it.
         """
         self._last_between = max(self._last_between, block_index)
-        h = self._inputs[block_index].to(added.device) + added
-        corrected = self.network.step_between(block_index, h, self._states[block_index].to(added.device), added)
+        stream = self._inputs[block_index].to(added.device)
+        h = stream + added
+        corrected = self.network.step_between(block_index, h, self._states[block_index].to(added.device), stream)
         if self.network.config.inject_branch:
             self._stream = _with(self._stream, block_index, corrected)
         return added if corrected is h else added + (corrected.to(added.device) - h)

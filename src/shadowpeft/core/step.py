@@ -37,9 +37,15 @@ def unit(h: States, scale: Tensor) -> States:
     return h / scale.clamp_min(torch.finfo(scale.dtype).tiny)
 
 
-def in_unit(branch: Tensor, dtype: torch.dtype) -> Tensor:
-    """What was added to the residual stream, [B, T, d], divided by its RMS, in ``dtype``."""
-    return unit(branch.to(dtype), rms(branch).to(dtype))
+# An addition to the residual stream whose RMS is smaller counts as one of this RMS: attention may add nothing at all.
+SMALLEST_BRANCH = 1e-6
+
+
+def added_unit(h: Tensor, stream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(What was added to the residual ``stream`` to give ``h``, divided by its RMS, [B, T, d]; that RMS, [B, T, 1])."""
+    added = h.to(dtype) - stream.to(dtype)
+    scale = rms(added).clamp_min(SMALLEST_BRANCH)
+    return added / scale, scale
 
 
 def correction(delta: States, W_down: Down, W_up: Up, *, dropout: float = 0.0, at: str = "bottleneck") -> States:
@@ -108,16 +114,16 @@ class Injection(nn.Module):
         if self.diagonal is not None:
             nn.init.zeros_(self.diagonal)
 
-    def forward(self, h: Tensor, s: Tensor, branch: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, s: Tensor, stream: Tensor | None = None) -> Tensor:
         """[B, T, d], [B, T, d] -> [B, T, d]: the corrected input of the block (or sublayer).
 
-        ``branch``: what was added to the residual stream last, [B, T, d], None in front of the first block; read where there
-        is ``W_branch``.
+        ``stream``: the residual stream in front of what was added to it last, [B, T, d], None in front of the first block; read
+        where there is ``W_branch``.
         """
         config = self.config
         dropout = config.shadow_dropout if self.training else 0.0
         if config.in_units:
-            return inject(h, self._in_units(h, s, branch, dropout), config.bottleneck_alpha)
+            return inject(h, self._in_units(h, s, stream, dropout), config.bottleneck_alpha)
         if config.scale_state:
             s = s * rms(h)
         source = discrepancy(h, s) if config.inject_from == "difference" else s
@@ -127,8 +133,9 @@ class Injection(nn.Module):
             added = torch.addcmul(added, self.diagonal, s.to(self.diagonal.dtype), value=config.diagonal_ratio)
         return inject(h, added, config.bottleneck_alpha)
 
-    def _in_units(self, h: Tensor, s: Tensor, branch: Tensor | None, dropout: float) -> Tensor:
-        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down + b / rms(b) W_branch)) W_up + ratio v * s)``, [B, T, d]."""
+    def _in_units(self, h: Tensor, s: Tensor, stream: Tensor | None, dropout: float) -> Tensor:
+        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down + b / rms(b) W_branch)) W_up + ratio v * s)``, [B, T, d], where
+        b is ``h - stream``."""
         config = self.config
         s = s.to(self.W_down.dtype)
         scale = rms(h).to(s.dtype)
@@ -136,9 +143,9 @@ class Injection(nn.Module):
         drops_input = config.dropout_at == "input"
         source = F.dropout(source, dropout) if drops_input else source
         hidden = source @ self.W_down
-        if self.W_branch is not None and branch is not None:
-            added = in_unit(branch, s.dtype)
-            hidden = hidden + (F.dropout(added, dropout) if drops_input else added) @ self.W_branch
+        if self.W_branch is not None and stream is not None:
+            branch, _ = added_unit(h, stream, s.dtype)
+            hidden = hidden + (F.dropout(branch, dropout) if drops_input else branch) @ self.W_branch
         hidden = hidden if drops_input else F.dropout(hidden, dropout)
         added = ACTIVATIONS[config.inject_activation](hidden) @ self.W_up
         if self.diagonal is not None:

@@ -2,6 +2,6 @@
 
 from shadowpeft.core.kernels.backend import step_backend
 from shadowpeft.core.kernels.function import fused_step
-from shadowpeft.core.kernels.spec import StepSpec, StepWeights
+from shadowpeft.core.kernels.spec import Branch, StepSpec, StepWeights
 
-__all__ = ["StepSpec", "StepWeights", "fused_step", "step_backend"]
+__all__ = ["Branch", "StepSpec", "StepWeights", "fused_step", "step_backend"]

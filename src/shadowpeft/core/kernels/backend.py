@@ -35,8 +35,6 @@ def step_backend(
         return "autograd", "inside torch.compile, whose partitioner decides what to keep and what to recompute"
     if not needs_grad:
         return "autograd", "no gradient is needed, so nothing would be kept anyway"
-    if config.inject_branch:
-        return "autograd", "no other implementation of a correction that reads the branch in front of it"
     drops = training and config.shadow_dropout > 0
     if drops and device.type not in DEVICE_TYPES:
         return "autograd", f"dropout masks cannot be drawn a second time on {device.type!r}"
@@ -65,6 +63,8 @@ def variant_obstacle(config: ShadowConfig, *, dtype: torch.dtype, drops: bool) -
         return "weights in float64"
     if config.inject_activation != "none":
         return "an activation in the bottleneck"
+    if config.inject_branch:
+        return "a correction that reads the branch in front of it"
     if config.inject_diagonal and config.diagonal_ratio != 1.0:
         return "a diagonal of another weight than the bottleneck"
     if drops and config.dropout_at == "input":

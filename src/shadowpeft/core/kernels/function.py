@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from shadowpeft.core.kernels import reference
-from shadowpeft.core.kernels.spec import StepSpec, StepWeights
+from shadowpeft.core.kernels.spec import Branch, StepSpec, StepWeights
 
 # In these, the norm in front of a block keeps the block's input as it is; narrower ones it widens to fp32 first.
 _SHARED_WITH_BLOCK = (torch.float32, torch.float64)
@@ -16,17 +16,21 @@ _SHARED_WITH_BLOCK = (torch.float32, torch.float64)
 class _Step(torch.autograd.Function):
     """(h, s) -> (h', s'), or -> h' where there is no update.
 
-    Keeps one [N, d] tensor of each path and the [N, r] bottleneck. For fp32 that tensor of the base's path is h',
+    Keeps one [N, d] tensor of each path and the [N, r] bottleneck, and of a branch the stream in front of it, which is the
+    input of the block in front and as such kept anyway. For fp32 that tensor of the base's path is h',
     which the norm of the following block keeps anyway, so that it costs nothing; h is h' minus the correction.
     For 16-bit states, which no norm keeps as they are, it is h itself.
     """
 
     @staticmethod
-    def forward(ctx: Any, spec: StepSpec, backend: str, h: Tensor, s: Tensor, *weights: Tensor | None) -> Any:
-        w = StepWeights(*weights)  # type: ignore[arg-type]
+    def forward(
+        ctx: Any, spec: StepSpec, backend: str, h: Tensor, s: Tensor, stream: Tensor | None, *weights: Tensor | None
+    ) -> Any:
+        w = StepWeights(*weights[1:])  # type: ignore[arg-type]
         width = h.shape[-1]
         with torch.autocast(h.device.type, enabled=False):
-            out = _implementation(backend).forward(spec, h.reshape(-1, width), s.reshape(-1, width), w)
+            branch = _branch(stream, weights[0])
+            out = _implementation(backend).forward(spec, h.reshape(-1, width), s.reshape(-1, width), w, **branch)
         h_out = out.h.view(h.shape)
         ctx.spec, ctx.backend, ctx.rng_state = spec, backend, out.rng_state
         s_out = None if out.s is None else out.s.view(s.shape)
@@ -35,7 +39,7 @@ class _Step(torch.autograd.Function):
         has_state = ctx.keeps_output and w.diagonal is not None
         has_scale = has_state or (ctx.keeps_output and spec.bottleneck_activation is not None)
         injected = (s if s_out is None else s_out) if has_state else None
-        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, injected, out.scale if has_scale else None)
+        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, injected, out.scale if has_scale else None, stream)
         ctx.present = [tensor is not None for tensor in (*kept, *weights)]
         ctx.save_for_backward(*(tensor for tensor in (*kept, *weights) if tensor is not None))
         ctx.set_materialize_grads(False)
@@ -46,7 +50,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
         supply = iter(ctx.saved_tensors)
         saved: list[Any] = [next(supply) if there else None for there in ctx.present]
-        kept, s, bottleneck, injected, scale, *weights = saved
+        kept, s, bottleneck, injected, scale, stream, W_branch, *weights = saved
         w = StepWeights(*weights)
         shape, width = kept.shape, kept.shape[-1]
         injected = None if injected is None else injected.reshape(-1, width)
@@ -68,9 +72,19 @@ class _Step(torch.autograd.Function):
                 rng_state=ctx.rng_state,
                 w=w,
                 needs_grad_h=needs_grad_h,
+                **_branch(stream, W_branch),
             )
         grad_into_h = None if found.h is None else found.h.view(shape)
-        return None, None, grad_into_h, found.s.view(shape), *found.weights
+        of_stream, of_branch = (None, None) if found.branch is None else found.branch
+        of_stream = None if of_stream is None else of_stream.view(shape)
+        return None, None, grad_into_h, found.s.view(shape), of_stream, of_branch, *found.weights
+
+
+def _branch(stream: Tensor | None, weight: Tensor | None) -> dict[str, Branch]:
+    """The keyword of an implementation that can read one, where there is one."""
+    if stream is None or weight is None:
+        return {}
+    return {"branch": Branch(stream.reshape(-1, stream.shape[-1]), weight)}
 
 
 def _implementation(backend: str) -> Any:
@@ -81,12 +95,16 @@ def _implementation(backend: str) -> Any:
     return reference
 
 
-def fused_step(backend: str, spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> tuple[Tensor, Tensor]:
+def fused_step(
+    backend: str, spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights, branch: Branch | None = None
+) -> tuple[Tensor, Tensor]:
     """(h', s') as one operation; gradients are those of the equations.
 
     Args:
         backend: ``recompute`` or ``triton``, as :func:`step_backend` chose it.
         h, s: [B, T, d].
+        branch: for a correction that reads the last addition to the stream; ``recompute`` alone can.
     """
-    out = _Step.apply(spec, backend, h, s, *w)
+    stream, weight = (None, None) if branch is None else branch
+    out = _Step.apply(spec, backend, h, s, stream, weight, *w)
     return out if isinstance(out, tuple) else (out, s)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from shadowpeft.core.kernels.masks import Masks
-from shadowpeft.core.kernels.spec import StepSpec, StepWeights
-from shadowpeft.core.step import ACTIVATIONS, discrepancy, inject, rms, unit, update
+from shadowpeft.core.kernels.spec import Branch, StepSpec, StepWeights
+from shadowpeft.core.step import ACTIVATIONS, SMALLEST_BRANCH, added_unit, discrepancy, inject, rms, unit, update
 
 
 class StepOutput(NamedTuple):
@@ -29,11 +29,12 @@ class StepOutput(NamedTuple):
 
 
 class StepGradients(NamedTuple):
-    """``h`` [N, d] or None if it was not asked for, ``s`` [N, d], and one entry for each weight."""
+    """``h`` [N, d] or None if it was not asked for, ``s`` [N, d], one entry for each weight, and those of a branch."""
 
     h: Tensor | None
     s: Tensor
     weights: StepWeights
+    branch: Branch | None = None
 
 
 class _Updated(NamedTuple):
@@ -51,7 +52,7 @@ class _Updated(NamedTuple):
     state: Tensor
 
 
-def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
+def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights, branch: Branch | None = None) -> StepOutput:
     """Eq. 2-7, 13 and 14 on [N, d] tensors."""
     masks = Masks(h.device) if spec.has_dropout else None
     state = None if w.W_T1 is None else _updated(spec, h, s, w, masks).state.to(s.dtype)
@@ -59,6 +60,9 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights) -> StepOutput:
     met = s if state is None else state
     source, mask = _source(spec, h, met, scale, w, masks)
     bottleneck = source @ w.W_down
+    if branch is not None:
+        added, _, _ = _added(spec, h, branch, masks, w.W_down.dtype)
+        bottleneck = bottleneck.addmm_(added, branch.weight)
     if mask is not None and not spec.drop_input:
         bottleneck = bottleneck * mask
     return StepOutput(
@@ -115,6 +119,7 @@ def backward(
     rng_state: Tensor | None,
     w: StepWeights,
     needs_grad_h: bool,
+    branch: Branch | None = None,
 ) -> StepGradients:
     """The gradients of everything that went in.
 
@@ -129,7 +134,13 @@ def backward(
     state = s if updated is None else updated.state.to(s.dtype)
     scale = rms(h) if spec.scales_state else None
     through = _backward_linear if spec.bottleneck_activation is None else _backward_units
-    grads, grad_into_h, grad_state = through(spec, grad_h.to(dtype), h, state, scale, masks, bottleneck, w, needs_grad_h)
+    grads, grad_into_h, grad_state, grad_bottleneck = through(
+        spec, grad_h.to(dtype), h, state, scale, masks, bottleneck, w, needs_grad_h
+    )
+    grad_branch = None
+    if branch is not None:  # behind the rest, for its mask is drawn behind the rest's
+        grad_branch, grad_added = _backward_branch(spec, grad_bottleneck, h, branch, masks)
+        grad_into_h = None if grad_into_h is None else grad_into_h + grad_added
     if grad_s is not None:
         grad_state = grad_state.add_(grad_s.to(dtype))
     if updated is not None:
@@ -137,7 +148,10 @@ def backward(
             spec, updated, h, s.to(dtype), grad_state, grad_into_h, grads, w
         )
     return StepGradients(
-        h=None if grad_into_h is None else grad_into_h.to(h.dtype), s=grad_state.to(s.dtype), weights=grads
+        h=None if grad_into_h is None else grad_into_h.to(h.dtype),
+        s=grad_state.to(s.dtype),
+        weights=grads,
+        branch=grad_branch,
     )
 
 
@@ -151,8 +165,8 @@ def _backward_linear(
     bottleneck: Tensor,
     w: StepWeights,
     needs_grad_h: bool,
-) -> tuple[StepWeights, Tensor | None, Tensor]:
-    """Through Eq. 4, 3 and 2: (gradients of the injection's weights, of h, of the state that met it)."""
+) -> tuple[StepWeights, Tensor | None, Tensor, Tensor]:
+    """Through Eq. 4, 3 and 2: (gradients of the injection's weights, of h, of the state that met it, of the bottleneck)."""
     dtype = grad.dtype
     grad_bottleneck = (grad @ w.W_up.t()).mul_(spec.alpha)
     grad_W_up = (bottleneck.t() @ grad).mul_(spec.alpha)
@@ -174,7 +188,7 @@ def _backward_linear(
             along = (grad_state * state).sum(-1, keepdim=True) / (scale.to(dtype) * h.shape[-1]).clamp_min(smallest)
             grad_into_h = torch.addcmul(grad_into_h, along.to(dtype), h.to(dtype))
         grad_state = grad_state.mul_(scale)
-    return grads, grad_into_h, grad_state
+    return grads, grad_into_h, grad_state, grad_bottleneck
 
 
 def _backward_units(
@@ -187,7 +201,7 @@ def _backward_units(
     bottleneck: Tensor,
     w: StepWeights,
     needs_grad_h: bool,
-) -> tuple[StepWeights, Tensor | None, Tensor]:
+) -> tuple[StepWeights, Tensor | None, Tensor, Tensor]:
     """As :func:`_backward_linear`, through ``h + alpha rms(h) (act(bottleneck) W_up + ratio v * s)``."""
     assert spec.bottleneck_activation is not None and scale is not None
     grad_units = grad * (spec.alpha * scale.to(grad.dtype))
@@ -213,7 +227,7 @@ def _backward_units(
     grad_state = grad_source if spec.from_state else grad_source.neg_()
     if w.diagonal is not None:
         grad_state = grad_state.addcmul_(grad_units, w.diagonal, value=spec.diagonal_ratio)
-    return grads, grad_into_h, grad_state
+    return grads, grad_into_h, grad_state, grad_bottleneck
 
 
 def _backward_down(
@@ -227,6 +241,32 @@ def _backward_down(
     if mask is not None and spec.drop_input:
         grad_source.mul_(mask)
     return grad_W_down, grad_source
+
+
+def _added(
+    spec: StepSpec, h: Tensor, branch: Branch, masks: Masks | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(What W_branch reads, [N, d], with its mask applied; the RMS that it was divided by, [N, 1]; that mask)."""
+    added, scale = added_unit(h, branch.stream, dtype)
+    if masks is None or spec.inject_dropout == 0 or not spec.drop_input:
+        return added, scale, None
+    mask = masks.draw(added.shape, spec.inject_dropout, dtype)
+    return added * mask, scale, mask
+
+
+def _backward_branch(
+    spec: StepSpec, grad_bottleneck: Tensor, h: Tensor, branch: Branch, masks: Masks | None
+) -> tuple[Branch, Tensor]:
+    """Through ``b / rms(b) W_branch``: (gradients of the stream and of W_branch, that of h by way of b = h - stream)."""
+    read, scale, mask = _added(spec, h, branch, masks, grad_bottleneck.dtype)
+    grad_weight = read.t() @ grad_bottleneck
+    grad = grad_bottleneck @ branch.weight.t()
+    if mask is not None:
+        grad, read = grad.mul_(mask), added_unit(h, branch.stream, grad.dtype)[0]
+    # An addition smaller than that is divided by a constant.
+    along = (grad * read).mean(-1, keepdim=True) * (scale > SMALLEST_BRANCH)
+    grad_added = (grad - read * along).div_(scale)
+    return Branch(grad_added.neg().to(branch.stream.dtype), grad_weight), grad_added
 
 
 def _source(
@@ -326,7 +366,9 @@ def _backward_update(
 
 
 def _slope(activation: str, x: Tensor) -> Tensor:
-    """The derivative of SiLU or (exact) GELU at ``x``."""
+    """The derivative of SiLU, (exact) GELU or nothing at ``x``."""
+    if activation == "none":
+        return torch.ones_like(x)
     if activation == "silu":
         gate = torch.sigmoid(x)
         return gate * (1 + x * (1 - gate))

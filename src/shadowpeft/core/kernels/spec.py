@@ -21,7 +21,8 @@ class StepSpec:
         inject_dropout, transform_dropout: probabilities in effect; 0 outside training.
         norm_eps: the LayerNorm's epsilon.
         scales_state: s is multiplied by the RMS of h wherever it meets h.
-        bottleneck_activation: ``silu`` or ``gelu`` behind W_down, which then reads h in units of its RMS; None: linear.
+        bottleneck_activation: ``silu``, ``gelu`` or ``none`` behind W_down, which then reads h in units of its RMS; None:
+            linear, and in the unit of h.
     """
 
     alpha: float
@@ -52,7 +53,7 @@ class StepSpec:
             transform_dropout=dropout if config.transform_dropout else 0.0,
             norm_eps=norm_eps,
             scales_state=config.scale_state,
-            bottleneck_activation=None if config.inject_activation == "none" else config.inject_activation,
+            bottleneck_activation=config.inject_activation if config.in_units else None,
         )
 
 
@@ -76,3 +77,13 @@ class StepWeights(NamedTuple):
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
     diagonal: Tensor | None = None
+
+
+class Branch(NamedTuple):
+    """What a correction that also reads the last addition to the residual stream is given beside the rest.
+
+    stream [.., d]: the stream in front of that addition, which is h less it; weight [d, r]: W_branch.
+    """
+
+    stream: Tensor
+    weight: Tensor
