@@ -18,12 +18,11 @@ TEXTS = sorted(
 )
 
 # What may change an object after it was made, and why that is no state of a call.
+RUN = "a run is one call's own value, made for it and dropped with it"
 CHANGES = {
-    ("core/run.py", "ShadowRun.step", "_states"): "a run is one call's own value, made for it and dropped with it",
-    ("core/run.py", "ShadowRun.step", "_inputs"): "a run is one call's own value, made for it and dropped with it",
-    ("core/run.py", "ShadowRun.step", "_stream"): "a run is one call's own value, made for it and dropped with it",
-    ("core/run.py", "ShadowRun.between", "_stream"): "a run is one call's own value, made for it and dropped with it",
-    ("core/run.py", "ShadowRun.between", "_last_between"): "a run is one call's own value, made for it and dropped with it",
+    **{("core/run.py", "ShadowRun.step", name): RUN for name in ("_states", "_inputs", "_stream")},
+    **{("core/run.py", "ShadowRun.between", name): RUN for name in ("_last_between", "_stream")},
+    **{("core/run.py", "ShadowRun.release", name): RUN for name in ("_states", "_inputs", "_stream")},
     ("core/lean.py", "_Recorder._keep", "_kept"): "a recorder is one forward pass's own value, dropped with its graph",
     ("core/lean.py", "_Recorder._note", "_origins"): "a recorder is one forward pass's own value, dropped with its graph",
     ("model/adapters.py", "AdaptedModel.set_adapter", "active_adapter"): "the user's setting; a call never changes it",

@@ -1,5 +1,7 @@
 """One contract for every row of the architecture table."""
 
+import copy
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,7 +10,7 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaModel
 from models import MIXTURES, enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
-from shadowpeft.model.architectures import ARCHITECTURES, blocks_of, decoder_of
+from shadowpeft.model.architectures import ARCHITECTURES, attentions_of, blocks_of, decoder_of
 
 pytestmark = pytest.mark.contract
 
@@ -177,23 +179,23 @@ def test_between_sublayers_the_mlp_reads_the_corrected_stream_and_so_does_all_be
     network, blocks = model.network(), blocks_of(decoder_of(model.base))
     seen: dict[tuple, torch.Tensor] = {}
     for index, block in enumerate(blocks):
+        attention = attentions_of(decoder_of(model.base))[index]
+        norm = block.ln_2 if model_type == "gpt2" else block.post_attention_layernorm
         block.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__((i, "in"), args[0]))
         block.register_forward_hook(lambda _, args, out, i=index: seen.__setitem__((i, "out"), out))
         # In front of the hook that corrects what attention adds.
-        block.self_attn.register_forward_hook(
-            lambda _, args, out, i=index: seen.__setitem__((i, "attention"), out[0]), prepend=True
-        )
-        block.post_attention_layernorm.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__((i, "mid"), args[0]))
-    state = model(ids, output_shadow_logits=True, output_hidden_states=True)
-    assert state.logits.isfinite().all()
+        attention.register_forward_hook(lambda _, args, out, i=index: seen.__setitem__((i, "attention"), out[0]), prepend=True)
+        norm.register_forward_pre_hook(lambda _, args, i=index: seen.__setitem__((i, "mid"), args[0]))
+    assert model(ids).logits.isfinite().all()
     s = model._initial_state(network, ids, None, None, {"attention_mask": None, "use_cache": False})
     for index in range(len(blocks)):
         if index:
-            expected, s = network.step(index, seen[index - 1, "out"], s, seen[index - 1, "mid"])
+            last = seen[index - 1, "out"]
+            expected, s = network.step(index, last, s, last - seen[index - 1, "mid"])
             assert_close(seen[index, "in"], expected)
-        plain = seen[index, "in"] + seen[index, "attention"]
-        assert_close(seen[index, "mid"], network.step_between(index, plain, s, seen[index, "in"]))
-        assert not torch.allclose(seen[index, "mid"], plain)
+        added = seen[index, "attention"]
+        assert_close(seen[index, "mid"], network.step_between(index, seen[index, "in"] + added, s, added))
+        assert not torch.allclose(seen[index, "mid"], seen[index, "in"] + added)
 
 
 @pytest.mark.parametrize(
@@ -209,12 +211,20 @@ def test_between_sublayers_greedy_with_cache_and_drafts_equals_greedy_without(mo
     assert torch.equal(generate(model, ids, speculative=3), uncached)
 
 
-@pytest.mark.parametrize("between", [BETWEEN, {"inject_between": "sublayers"}, {"scale_state": True, "inject_branch": True}])
-def test_between_sublayers_and_with_branches_checkpointing_gives_the_same_gradients(between):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    "between",
+    [
+        *(BETWEEN, BETWEEN | {"first_block": 2, "dropout_at": "input"}, BETWEEN | {"first_block": 0, "share_steps": True}),
+        *({"inject_between": "sublayers"}, {"scale_state": True, "inject_branch": True}),
+    ],
+)
+def test_between_sublayers_and_with_branches_checkpointing_gives_the_same_gradients(between, dropout):
     ids = tokens()
     gradients = []
     for checkpointing in (False, True):
-        model = adapted("llama", shadow_dropout=0.0, **between).train()
+        model = adapted("llama", shadow_dropout=dropout, **between).train()
+        torch.manual_seed(0)
         if checkpointing:
             enable_checkpointing(model)
         model(ids, labels=ids).loss.backward()
@@ -231,13 +241,14 @@ def test_between_sublayers_is_refused_where_attention_is_not_added_as_it_is_and_
     assert not any(block._forward_pre_hooks for block in blocks_of(decoder_of(base)))
 
 
-def test_a_block_that_keeps_its_keywords_from_its_attention_is_found_out(monkeypatch):
+@pytest.mark.parametrize("index", [1, 3])
+@pytest.mark.parametrize("options", [{}, {"speculative": 2}])
+def test_a_block_that_keeps_its_keywords_from_its_attention_is_found_out(index, options):
     model = adapted("llama", inject_between="sublayers")
-    attention = blocks_of(decoder_of(model.base))[1].self_attn
-    plain = attention.forward
-    monkeypatch.setattr(model.base.model.layers[1], "self_attn", Deaf(plain))
-    with pytest.raises(AdapterError, match=r"block 1 ran without .* use inject_between='blocks'"):
-        model(tokens())
+    block = blocks_of(decoder_of(model.base))[index]
+    block.self_attn = Deaf(block.self_attn.forward)
+    with pytest.raises(AdapterError, match=rf"block {index} ran without .* use inject_between='blocks'"):
+        generate(model, tokens(), **options)
 
 
 class Deaf(torch.nn.Module):
@@ -260,7 +271,17 @@ def test_adapters_that_correct_between_sublayers_and_that_do_not_share_a_base():
     assert not torch.allclose(finer, before)
     assert torch.equal(model(ids).logits, before)
     base = model.unload()
-    assert not any(block._forward_pre_hooks or block.self_attn._forward_hooks for block in blocks_of(decoder_of(base)))
+    decoder = decoder_of(base)
+    assert not any(block._forward_pre_hooks for block in blocks_of(decoder))
+    assert not any(attention._forward_hooks for attention in attentions_of(decoder))
+
+
+def test_a_copied_base_is_corrected_between_its_sublayers_once():
+    model, ids = adapted("llama", **BETWEEN), tokens()
+    copied = copy.deepcopy(model.base)
+    again = get_shadow_model(copied, model.shadow_config)
+    again.network().load_state_dict(model.network().state_dict())
+    assert torch.equal(again(ids).logits, model(ids).logits)
 
 
 def test_an_encoder_is_refused_with_the_list_of_what_is_supported():

@@ -43,15 +43,15 @@ def network(preset="paper", **overrides):
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_every_variant_gives_the_numbers_of_the_step_with_gradients(variant, tokens):
     made = network(**variant).double()
-    h, s, stream = torch.randn(3, 2, tokens, WIDTH, dtype=torch.float64).unbind()
+    h, s, added = torch.randn(3, 2, tokens, WIDTH, dtype=torch.float64).unbind()
     for block in range(NUM_BLOCKS):
-        last = stream if block else None
+        last = added if block else None
         expected = made.step(block, h, s, last)
-        between = made.step_between(block, h, s, stream)
+        between = made.step_between(block, h, s, added)
         with torch.no_grad():
             found = inference.step(made, block, h, s, last)
             assert_close(made.step(block, h, s, last), found, rtol=0, atol=0)
-            assert_close(made.step_between(block, h, s, stream), between)
+            assert_close(made.step_between(block, h, s, added), between)
         assert_close(found, expected)
 
 

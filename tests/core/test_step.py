@@ -97,7 +97,7 @@ def test_a_bottleneck_of_twice_the_rank_counts_half_and_the_diagonal_the_same(ac
 @pytest.mark.parametrize("source", ["difference", "state"])
 def test_a_branch_is_read_in_units_of_its_own_size_beside_what_is_read_anyway(activation, source):
     h, s = states()
-    stream = states(seed=1)[0] * 7
+    added = states(seed=1)[0] * 7
     in_units = {"scale_state": True, "inject_branch": True, "inject_activation": activation, "inject_diagonal": True}
     config = tiny_config(shadow_alpha=0.7, inject_from=source, **in_units)
     injection = Injection(D, config).double().eval()
@@ -105,17 +105,24 @@ def test_a_branch_is_read_in_units_of_its_own_size_beside_what_is_read_anyway(ac
     nn.init.normal_(injection.diagonal)
     scale = h.square().mean(-1, keepdim=True).sqrt()
     read = (h / scale - s if source == "difference" else s) @ injection.W_down
-    added = h - stream
     read = read + added / added.square().mean(-1, keepdim=True).sqrt() @ injection.W_branch
     made = (F.silu(read) if activation == "silu" else read) @ injection.W_up + injection.diagonal * s
-    assert_close(injection(h, s, stream), h + 0.7 * scale * made)
+    assert_close(injection(h, s, added), h + 0.7 * scale * made)
 
 
 def test_a_branch_of_nothing_is_read_as_nothing():
     h, s = states()
     injection = Injection(D, tiny_config(scale_state=True, inject_branch=True)).double().eval()
     nn.init.normal_(injection.W_up)
-    assert torch.equal(injection(h, s, h), injection(h, s, None))
+    assert torch.equal(injection(h, s, torch.zeros_like(h)), injection(h, s, None))
+
+
+def test_a_branch_is_divided_in_full_precision():
+    """40,000 twice over is past float16's range, and one over the smallest size that counts nearly is."""
+    for entry in (40_000.0, 1e-7):
+        read, scale = step.in_units(torch.tensor([[entry, -entry]], dtype=torch.float16))
+        assert read.dtype == scale.dtype == torch.float32
+        assert_close(read, torch.tensor([[entry, -entry]]) / max(entry, step.SMALLEST_BRANCH), rtol=0.2, atol=0)
 
 
 def test_in_front_of_the_first_block_no_branch_can_be_read_and_none_is_trained():

@@ -13,7 +13,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
-from models import attributes, changed_attributes, randomise, tiny_base, tiny_config, tokens
+from models import attributes, changed_attributes, enable_checkpointing, randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, ShadowModelForCausalLM, ShadowModelForSequenceClassification, get_shadow_model
 from shadowpeft.core import ShadowRun
 from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
@@ -64,7 +64,13 @@ def test_interleaved_decodes_are_independent():
             assert_close(out.logits[:, 0], whole[:, position])
 
 
-def test_no_tensor_is_kept_after_a_forward(monkeypatch):
+BETWEEN = {"inject_between": "sublayers", "inject_branch": True, "scale_state": True}
+
+
+@pytest.mark.parametrize("config", [{}, BETWEEN])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_no_tensor_is_kept_after_a_forward(monkeypatch, config, checkpointing, backward):
     """With the cycle collector off: nothing but the output itself may hold the run or its state."""
     kept = []
     original = ShadowRun.__init__
@@ -74,10 +80,15 @@ def test_no_tensor_is_kept_after_a_forward(monkeypatch):
         kept.append(weakref.ref(initial))
 
     monkeypatch.setattr(ShadowRun, "__init__", remember)
-    model, ids = adapted(), tokens()
+    model, ids = adapted(**config).train(), tokens()
+    if checkpointing:
+        enable_checkpointing(model)
     gc.disable()
     try:
-        model(ids, labels=ids).loss.backward()
+        loss = model(ids, labels=ids).loss
+        if backward:
+            loss.backward()
+        del loss
         assert kept[0]() is None
     finally:
         gc.enable()
@@ -116,12 +127,11 @@ def test_an_exception_in_a_block_leaves_nothing_behind(monkeypatch):
     assert torch.equal(model(ids).logits, expected)
 
 
-def test_reentrant_checkpointing_is_exact_or_refused():
-    from contract.test_architectures import enable_checkpointing
-
+@pytest.mark.parametrize("config", [{}, BETWEEN])
+def test_reentrant_checkpointing_is_exact_or_refused(config):
     ids, gradients = tokens(), []
     for reentrant in (None, True):
-        model = adapted(shadow_dropout=0.0).train()
+        model = adapted(shadow_dropout=0.0, **config).train()
         if reentrant:
             enable_checkpointing(model, use_reentrant=True)
         try:
@@ -133,7 +143,10 @@ def test_reentrant_checkpointing_is_exact_or_refused():
     assert_close(gradients[1], gradients[0])
 
 
-@pytest.mark.parametrize("config", [{}, {"shadow_model": "base:first:1", "freeze_backbone": True}])
+FROZEN = {"shadow_model": "base:first:1", "freeze_backbone": True}
+
+
+@pytest.mark.parametrize("config", [{}, FROZEN, BETWEEN, BETWEEN | {"first_block": 2}, BETWEEN | FROZEN | {"first_block": 3}])
 def test_blocks_that_torch_wraps_to_checkpoint_them_change_nothing(config):
     """The hooks lie within its wrapper, so every step is computed again, of a shadow without gradients too."""
     model, ids = adapted(shadow_dropout=0.0, **config).train(), tokens()

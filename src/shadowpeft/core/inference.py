@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shadowpeft.core.step import ACTIVATIONS, added_unit, rms, unit
+from shadowpeft.core.step import ACTIVATIONS, in_units, rms, unit
 
 if TYPE_CHECKING:
     from shadowpeft.core.network import ShadowNetwork
@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 
 def step(
-    network: "ShadowNetwork", block_index: int, h: Tensor, s: Tensor, stream: Tensor | None = None
+    network: "ShadowNetwork", block_index: int, h: Tensor, s: Tensor, added: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``network.step`` for a network in evaluation mode while gradients are off; shapes and results as there."""
     if block_index < network.config.first_block:
         return h, s
     injection, update = network.parts(block_index)
-    h, s, stream = beside(injection.W_down, h, s, stream)
+    h, s, added = beside(injection.W_down, h, s, added)
     if update is not None:
         s = advance(update, h if network.update_norm is None else layer_norm(network.update_norm, h), s)
-    return correct(injection, h, s, stream), s
+    return correct(injection, h, s, added), s
 
 
-def beside(weight: Tensor, h: Tensor, s: Tensor, stream: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def beside(weight: Tensor, h: Tensor, s: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What a step reads on the device of its weights, which is that of the block it feeds."""
     device = weight.device
-    if h.device == s.device == device and (stream is None or stream.device == device):
-        return h, s, stream
-    return h.to(device), s.to(device), None if stream is None else stream.to(device)
+    if h.device == s.device == device and (added is None or added.device == device):
+        return h, s, added
+    return h.to(device), s.to(device), None if added is None else added.to(device)
 
 
 def layer_norm(norm: nn.LayerNorm, h: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def advance(update: "Update", z: Tensor, s: Tensor) -> Tensor:
     return torch.lerp(s.to(t.dtype), t, g.sigmoid_()).to(s.dtype)
 
 
-def correct(injection: "Injection", h: Tensor, s: Tensor, stream: Tensor | None = None) -> Tensor:
+def correct(injection: "Injection", h: Tensor, s: Tensor, added: Tensor | None = None) -> Tensor:
     """Eq. 2-4: the corrected input of the block (or sublayer), [B, T, d], in the dtype of ``h``."""
     config = injection.config
     W_down, W_up = injection.W_down, injection.W_up
@@ -72,8 +72,8 @@ def correct(injection: "Injection", h: Tensor, s: Tensor, stream: Tensor | None 
         scale = rms(h).to(s.dtype)
         source = unit(h.to(s.dtype), scale) - s if config.inject_from == "difference" else s
         hidden = source @ W_down
-        if injection.W_branch is not None and stream is not None:
-            hidden += added_unit(h, stream, s.dtype)[0] @ injection.W_branch
+        if injection.W_branch is not None and added is not None:
+            hidden += in_units(added)[0].to(s.dtype) @ injection.W_branch
         added = ACTIVATIONS[config.inject_activation](hidden) @ W_up
         if injection.diagonal is not None:
             added = added.addcmul_(injection.diagonal, s, value=config.diagonal_ratio)

@@ -98,56 +98,56 @@ class ShadowNetwork(nn.Module):
         """The first block of which what goes from attention into the MLP is corrected, where ``inject_between`` says so."""
         return max(self.config.first_block - 1, 0)
 
-    def step(self, block_index: int, h: States, s: States, stream: Tensor | None = None) -> tuple[States, States]:
+    def step(self, block_index: int, h: States, s: States, added: Tensor | None = None) -> tuple[States, States]:
         """What happens in front of one block: update s from the last block's output, then correct its input.
 
         Args:
             block_index: l, the block about to run.
             h: h_out(l-1), [B, T, d].
             s: the state in front of the last block, [B, T, d].
-            stream: the residual stream in front of what was added to it last, [B, T, d]; read with ``inject_branch``.
+            added: what was added to the residual stream last, [B, T, d]; read with ``inject_branch``.
 
         Returns:
             ``(h(l), s(l-1))`` for l past the first refined block; in front of the first one s is s(0), unchanged;
             and in front of blocks that are not refined, ``h`` and ``s`` themselves.
         """
         if not (self.training or torch.is_grad_enabled()):
-            return inference.step(self, block_index, h, s, stream)
+            return inference.step(self, block_index, h, s, added)
         if block_index < self.config.first_block:
             return h, s
         injection, update = self.parts(block_index)
-        return self._refine(injection, update, h, s, stream)
+        return self._refine(injection, update, h, s, added)
 
-    def step_between(self, block_index: int, h: States, s: States, stream: Tensor | None = None) -> States:
+    def step_between(self, block_index: int, h: States, s: States, added: Tensor | None = None) -> States:
         """What happens between attention and the MLP of a block, with ``inject_between="sublayers"``: the correction alone.
 
         Args:
             block_index: l.
             h: the residual stream behind attention, [B, T, d].
             s: the state in front of the block, [B, T, d].
-            stream: the residual stream in front of what attention added, [B, T, d]; read with ``inject_branch``.
+            added: what attention added, [B, T, d].
         """
         midpoint = self.midpoint(block_index)
         if midpoint is None:
             return h
         if self.training or torch.is_grad_enabled():
-            return self._refine(midpoint, None, h, s, stream)[0]
-        return inference.correct(midpoint, *beside(midpoint.W_down, h, s, stream))
+            return self._refine(midpoint, None, h, s, added)[0]
+        return inference.correct(midpoint, *beside(midpoint.W_down, h, s, added))
 
     def _refine(
-        self, injection: Injection, update: Update | None, h: Tensor, s: Tensor, stream: Tensor | None
+        self, injection: Injection, update: Update | None, h: Tensor, s: Tensor, added: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        h, s, stream = beside(injection.W_down, h, s, stream)
+        h, s, added = beside(injection.W_down, h, s, added)
         needs_grad = torch.is_grad_enabled() and (h.requires_grad or s.requires_grad or injection.W_up.requires_grad)
         backend, _ = step_backend(
             self.config, device=h.device, dtype=h.dtype, training=injection.training, needs_grad=needs_grad
         )
         if backend != "autograd":
-            branch = None if stream is None or injection.W_branch is None else Branch(stream, injection.W_branch)
+            branch = None if added is None or injection.W_branch is None else Branch(added, injection.W_branch)
             return fused_step(backend, self._spec(injection), h, s, self._weights(injection, update), branch)
         if update is not None:
             s = update(self._normed(h), s)
-        return injection(h, s, stream), s
+        return injection(h, s, added), s
 
     def midpoint(self, block_index: int) -> Injection | None:
         """The correction between attention and the MLP of a block, if there is one."""

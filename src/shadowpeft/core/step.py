@@ -38,12 +38,12 @@ def unit(h: States, scale: Tensor) -> States:
 
 
 # An addition to the residual stream whose RMS is smaller counts as one of this RMS: attention may add nothing at all.
-SMALLEST_BRANCH = 1e-6
+SMALLEST_BRANCH = 1e-4
 
 
-def added_unit(h: Tensor, stream: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(What was added to the residual ``stream`` to give ``h``, divided by its RMS, [B, T, d]; that RMS, [B, T, 1])."""
-    added = h.to(dtype) - stream.to(dtype)
+def in_units(added: Tensor) -> tuple[Tensor, Tensor]:
+    """What was added to the residual stream divided by its RMS, [B, T, d], and that RMS, [B, T, 1], in fp32 or wider."""
+    added = added.to(torch.promote_types(added.dtype, torch.float32))
     scale = rms(added).clamp_min(SMALLEST_BRANCH)
     return added / scale, scale
 
@@ -114,16 +114,16 @@ class Injection(nn.Module):
         if self.diagonal is not None:
             nn.init.zeros_(self.diagonal)
 
-    def forward(self, h: Tensor, s: Tensor, stream: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, s: Tensor, added: Tensor | None = None) -> Tensor:
         """[B, T, d], [B, T, d] -> [B, T, d]: the corrected input of the block (or sublayer).
 
-        ``stream``: the residual stream in front of what was added to it last, [B, T, d], None in front of the first block; read
-        where there is ``W_branch``.
+        ``added``: what was added to the residual stream last, [B, T, d], None in front of the first block; read where there
+        is ``W_branch``.
         """
         config = self.config
         dropout = config.shadow_dropout if self.training else 0.0
         if config.in_units:
-            return inject(h, self._in_units(h, s, stream, dropout), config.bottleneck_alpha)
+            return inject(h, self._in_units(h, s, added, dropout), config.bottleneck_alpha)
         if config.scale_state:
             s = s * rms(h)
         source = discrepancy(h, s) if config.inject_from == "difference" else s
@@ -133,9 +133,8 @@ class Injection(nn.Module):
             added = torch.addcmul(added, self.diagonal, s.to(self.diagonal.dtype), value=config.diagonal_ratio)
         return inject(h, added, config.bottleneck_alpha)
 
-    def _in_units(self, h: Tensor, s: Tensor, stream: Tensor | None, dropout: float) -> Tensor:
-        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down + b / rms(b) W_branch)) W_up + ratio v * s)``, [B, T, d], where
-        b is ``h - stream``."""
+    def _in_units(self, h: Tensor, s: Tensor, branch: Tensor | None, dropout: float) -> Tensor:
+        """``rms(h) * (act(Dropout((h / rms(h) - s) W_down + b / rms(b) W_branch)) W_up + ratio v * s)``, [B, T, d]."""
         config = self.config
         s = s.to(self.W_down.dtype)
         scale = rms(h).to(s.dtype)
@@ -143,8 +142,8 @@ class Injection(nn.Module):
         drops_input = config.dropout_at == "input"
         source = F.dropout(source, dropout) if drops_input else source
         hidden = source @ self.W_down
-        if self.W_branch is not None and stream is not None:
-            branch, _ = added_unit(h, stream, s.dtype)
+        if self.W_branch is not None and branch is not None:
+            branch = in_units(branch)[0].to(s.dtype)
             hidden = hidden + (F.dropout(branch, dropout) if drops_input else branch) @ self.W_branch
         hidden = hidden if drops_input else F.dropout(hidden, dropout)
         added = ACTIVATIONS[config.inject_activation](hidden) @ self.W_up

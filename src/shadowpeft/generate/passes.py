@@ -61,14 +61,16 @@ class Passes:
         It is given their s(0) [B, T, d]: the shadow does not run. The logits go to the device of ``tokens``, where they become
         tokens: with a ``device_map`` the head may lie elsewhere.
         """
-        output = decoder_of(self.model.base)(
+        decoder, run = decoder_of(self.model.base), ShadowRun(self.network, states)
+        output = decoder(
             input_ids=tokens,
             position_ids=position_ids,
             attention_mask=attention_mask,
             use_cache=True,
-            **{CACHE: self.cache, RUN_KEYWORD: ShadowRun(self.network, states)},
+            **{CACHE: self.cache, RUN_KEYWORD: run},
             **self.options,
         )
+        run.check(len(blocks_of(decoder)))
         return self.model.lm_logits(output.last_hidden_state[:, -num_logits:]).to(tokens.device)
 
 

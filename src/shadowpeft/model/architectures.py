@@ -67,7 +67,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "granite": Architecture(head_dim=None, finish_field="logits_scaling"),
     "smollm3": Architecture(head_dim=None, per_layer=("layer_types", "no_rope_layers"), attention="self_attn"),
     "gpt_neox": Architecture(kv_heads=None, head_dim=None, embedding="embed_in"),
-    "gpt2": Architecture(blocks="h", mlp_width=("n_inner",), kv_heads=None, head_dim=None, embedding="wte"),
+    "gpt2": Architecture(
+        blocks="h", mlp_width=("n_inner",), kv_heads=None, head_dim=None, embedding="wte", attention="attn"
+    ),
     "opt": Architecture(
         blocks="decoder.layers",
         mlp_width=("ffn_dim",),
@@ -76,7 +78,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         embedding="decoder.embed_tokens",
     ),
     "stablelm": Architecture(head_dim=None),
-    "starcoder2": Architecture(head_dim=None),
+    "starcoder2": Architecture(head_dim=None, attention="self_attn"),
     "cohere": Architecture(head_dim=None, finish_field="logit_scale"),
     "gpt_oss": Architecture(attention="self_attn"),
 }
@@ -136,7 +138,8 @@ def check_midpoints(config: PreTrainedConfig) -> None:
         able = sorted(name for name, row in ARCHITECTURES.items() if row.attention is not None)
         raise ConfigError(
             f"inject_between='sublayers' does not go with a base of type {config.model_type!r}: its blocks norm, scale or drop "
-            f"what attention adds, or run both sublayers side by side; use 'blocks', or a base of type {', '.join(able)}"
+            "what attention adds, run both sublayers side by side, or do not hand their keywords on; use 'blocks', or a base "
+            f"of type {', '.join(able)}"
         )
 
 

@@ -34,7 +34,7 @@ class StepHook:
         run = kwargs.get(RUN_KEYWORD)
         if run is None:
             return None
-        rest = {name: value for name, value in kwargs.items() if name != RUN_KEYWORD or run.goes_into_blocks}
+        rest = {name: value for name, value in kwargs.items() if name != RUN_KEYWORD or run.corrects_between}
         if args:
             return (run.step(self.block_index, args[0]), *args[1:]), rest
         return args, {**rest, "hidden_states": run.step(self.block_index, rest["hidden_states"])}

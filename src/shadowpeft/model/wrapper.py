@@ -16,6 +16,7 @@ from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model import checkpoint, detach
 from shadowpeft.model.adapters import AdaptedModel, check_bare
 from shadowpeft.model.architectures import blocks_of, decoder_of
+from shadowpeft.model.attach import RUN_KEYWORD
 from shadowpeft.model.cache import CACHE, shadow_view
 from shadowpeft.model.sharded import gathered_state
 
@@ -225,14 +226,18 @@ class ShadowModel(AdaptedModel):
             before = None
             if last_block is not None and stack is not None:
                 before = (len(blocks_of(decoder)) - 1, partial(stack.enter_context, last_block))
-            output = decoder(
-                input_ids=input_ids,
-                inputs_embeds=inputs_embeds,
-                **{CACHE: past_key_values},
-                shadow_run=ShadowRun(network, initial, before_block=before),
-                **shared,
-                **kwargs,
-            )
+            run = ShadowRun(network, initial, before_block=before)
+            try:
+                output = decoder(
+                    input_ids=input_ids,
+                    inputs_embeds=inputs_embeds,
+                    **{CACHE: past_key_values, RUN_KEYWORD: run},
+                    **shared,
+                    **kwargs,
+                )
+            finally:
+                run.release()
+            run.check(len(blocks_of(decoder)))
         return output, initial
 
     def _last_block_at(self, needed: Tensor, options: dict[str, Any]) -> AbstractContextManager[None] | None:

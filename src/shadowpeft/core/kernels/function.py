@@ -16,20 +16,19 @@ _SHARED_WITH_BLOCK = (torch.float32, torch.float64)
 class _Step(torch.autograd.Function):
     """(h, s) -> (h', s'), or -> h' where there is no update.
 
-    Keeps one [N, d] tensor of each path and the [N, r] bottleneck, and of a branch the stream in front of it, which is the
-    input of the block in front and as such kept anyway. For fp32 that tensor of the base's path is h',
-    which the norm of the following block keeps anyway, so that it costs nothing; h is h' minus the correction.
-    For 16-bit states, which no norm keeps as they are, it is h itself.
+    Keeps one [N, d] tensor of each path and the [N, r] bottleneck, and of a branch what was added. For fp32 that tensor of
+    the base's path is h', which the norm of a following block keeps anyway, so that it costs nothing; h is h' minus the
+    correction. For 16-bit states, which no norm keeps as they are, it is h itself.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, spec: StepSpec, backend: str, h: Tensor, s: Tensor, stream: Tensor | None, *weights: Tensor | None
+        ctx: Any, spec: StepSpec, backend: str, h: Tensor, s: Tensor, added: Tensor | None, *weights: Tensor | None
     ) -> Any:
         w = StepWeights(*weights[1:])  # type: ignore[arg-type]
         width = h.shape[-1]
         with torch.autocast(h.device.type, enabled=False):
-            branch = _branch(stream, weights[0])
+            branch = _branch(added, weights[0])
             out = _implementation(backend).forward(spec, h.reshape(-1, width), s.reshape(-1, width), w, **branch)
         h_out = out.h.view(h.shape)
         ctx.spec, ctx.backend, ctx.rng_state = spec, backend, out.rng_state
@@ -39,7 +38,8 @@ class _Step(torch.autograd.Function):
         has_state = ctx.keeps_output and w.diagonal is not None
         has_scale = has_state or (ctx.keeps_output and spec.bottleneck_activation is not None)
         injected = (s if s_out is None else s_out) if has_state else None
-        kept = (h_out if ctx.keeps_output else h, s, out.bottleneck, injected, out.scale if has_scale else None, stream)
+        # The addition first: of a sum, a lean graph can do without what follows from it.
+        kept = (added, h_out if ctx.keeps_output else h, s, out.bottleneck, injected, out.scale if has_scale else None)
         ctx.present = [tensor is not None for tensor in (*kept, *weights)]
         ctx.save_for_backward(*(tensor for tensor in (*kept, *weights) if tensor is not None))
         ctx.set_materialize_grads(False)
@@ -50,7 +50,7 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:  # type: ignore[override]
         supply = iter(ctx.saved_tensors)
         saved: list[Any] = [next(supply) if there else None for there in ctx.present]
-        kept, s, bottleneck, injected, scale, stream, W_branch, *weights = saved
+        added, kept, s, bottleneck, injected, scale, W_branch, *weights = saved
         w = StepWeights(*weights)
         shape, width = kept.shape, kept.shape[-1]
         injected = None if injected is None else injected.reshape(-1, width)
@@ -72,19 +72,19 @@ class _Step(torch.autograd.Function):
                 rng_state=ctx.rng_state,
                 w=w,
                 needs_grad_h=needs_grad_h,
-                **_branch(stream, W_branch),
+                **_branch(added, W_branch),
             )
         grad_into_h = None if found.h is None else found.h.view(shape)
-        of_stream, of_branch = (None, None) if found.branch is None else found.branch
-        of_stream = None if of_stream is None else of_stream.view(shape)
-        return None, None, grad_into_h, found.s.view(shape), of_stream, of_branch, *found.weights
+        of_added, of_W_branch = (None, None) if found.branch is None else found.branch
+        of_added = None if of_added is None else of_added.view(shape)
+        return None, None, grad_into_h, found.s.view(shape), of_added, of_W_branch, *found.weights
 
 
-def _branch(stream: Tensor | None, weight: Tensor | None) -> dict[str, Branch]:
+def _branch(added: Tensor | None, weight: Tensor | None) -> dict[str, Branch]:
     """The keyword of an implementation that can read one, where there is one."""
-    if stream is None or weight is None:
+    if added is None or weight is None:
         return {}
-    return {"branch": Branch(stream.reshape(-1, stream.shape[-1]), weight)}
+    return {"branch": Branch(added.reshape(-1, added.shape[-1]), weight)}
 
 
 def _implementation(backend: str) -> Any:
@@ -105,6 +105,6 @@ def fused_step(
         h, s: [B, T, d].
         branch: for a correction that reads the last addition to the stream; ``recompute`` alone can.
     """
-    stream, weight = (None, None) if branch is None else branch
-    out = _Step.apply(spec, backend, h, s, stream, weight, *w)
+    added, weight = (None, None) if branch is None else branch
+    out = _Step.apply(spec, backend, h, s, added, weight, *w)
     return out if isinstance(out, tuple) else (out, s)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shadowpeft.core.kernels.masks import Masks
 from shadowpeft.core.kernels.spec import Branch, StepSpec, StepWeights
-from shadowpeft.core.step import ACTIVATIONS, SMALLEST_BRANCH, added_unit, discrepancy, inject, rms, unit, update
+from shadowpeft.core.step import ACTIVATIONS, SMALLEST_BRANCH, discrepancy, in_units, inject, rms, unit, update
 
 
 class StepOutput(NamedTuple):
@@ -61,8 +61,8 @@ def forward(spec: StepSpec, h: Tensor, s: Tensor, w: StepWeights, branch: Branch
     source, mask = _source(spec, h, met, scale, w, masks)
     bottleneck = source @ w.W_down
     if branch is not None:
-        added, _, _ = _added(spec, h, branch, masks, w.W_down.dtype)
-        bottleneck = bottleneck.addmm_(added, branch.weight)
+        read, _, _ = _read_branch(spec, branch, masks)
+        bottleneck = bottleneck.addmm_(read, branch.weight)
     if mask is not None and not spec.drop_input:
         bottleneck = bottleneck * mask
     return StepOutput(
@@ -139,8 +139,7 @@ def backward(
     )
     grad_branch = None
     if branch is not None:  # behind the rest, for its mask is drawn behind the rest's
-        grad_branch, grad_added = _backward_branch(spec, grad_bottleneck, h, branch, masks)
-        grad_into_h = None if grad_into_h is None else grad_into_h + grad_added
+        grad_branch = _backward_branch(spec, grad_bottleneck, branch, masks)
     if grad_s is not None:
         grad_state = grad_state.add_(grad_s.to(dtype))
     if updated is not None:
@@ -243,30 +242,26 @@ def _backward_down(
     return grad_W_down, grad_source
 
 
-def _added(
-    spec: StepSpec, h: Tensor, branch: Branch, masks: Masks | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(What W_branch reads, [N, d], with its mask applied; the RMS that it was divided by, [N, 1]; that mask)."""
-    added, scale = added_unit(h, branch.stream, dtype)
+def _read_branch(spec: StepSpec, branch: Branch, masks: Masks | None) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(What W_branch reads, [N, d], with its mask applied; that mask; the RMS that it was divided by, [N, 1], maybe wider)."""
+    read, scale = in_units(branch.added)
+    read = read.to(branch.weight.dtype)
     if masks is None or spec.inject_dropout == 0 or not spec.drop_input:
-        return added, scale, None
-    mask = masks.draw(added.shape, spec.inject_dropout, dtype)
-    return added * mask, scale, mask
+        return read, None, scale
+    mask = masks.draw(read.shape, spec.inject_dropout, read.dtype)
+    return read * mask, mask, scale
 
 
-def _backward_branch(
-    spec: StepSpec, grad_bottleneck: Tensor, h: Tensor, branch: Branch, masks: Masks | None
-) -> tuple[Branch, Tensor]:
-    """Through ``b / rms(b) W_branch``: (gradients of the stream and of W_branch, that of h by way of b = h - stream)."""
-    read, scale, mask = _added(spec, h, branch, masks, grad_bottleneck.dtype)
+def _backward_branch(spec: StepSpec, grad_bottleneck: Tensor, branch: Branch, masks: Masks | None) -> Branch:
+    """Through ``b / rms(b) W_branch``: the gradients of b and of W_branch."""
+    read, mask, scale = _read_branch(spec, branch, masks)
     grad_weight = read.t() @ grad_bottleneck
     grad = grad_bottleneck @ branch.weight.t()
     if mask is not None:
-        grad, read = grad.mul_(mask), added_unit(h, branch.stream, grad.dtype)[0]
+        grad, read = grad.mul_(mask), in_units(branch.added)[0]
     # An addition smaller than that is divided by a constant.
     along = (grad * read).mean(-1, keepdim=True) * (scale > SMALLEST_BRANCH)
-    grad_added = (grad - read * along).div_(scale)
-    return Branch(grad_added.neg().to(branch.stream.dtype), grad_weight), grad_added
+    return Branch(((grad - read * along) / scale).to(branch.added.dtype), grad_weight)
 
 
 def _source(

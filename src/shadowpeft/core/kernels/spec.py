@@ -82,8 +82,8 @@ class StepWeights(NamedTuple):
 class Branch(NamedTuple):
     """What a correction that also reads the last addition to the residual stream is given beside the rest.
 
-    stream [.., d]: the stream in front of that addition, which is h less it; weight [d, r]: W_branch.
+    added [.., d]: that addition; weight [d, r]: W_branch.
     """
 
-    stream: Tensor
+    added: Tensor
     weight: Tensor

@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from shadowpeft.core import ShadowRun
 from shadowpeft.deploy.serve.joining import new_cache
 from shadowpeft.model import ShadowModel
-from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
+from shadowpeft.model.architectures import architecture_of, blocks_of, decoder_of, head_of
 from shadowpeft.model.attach import RUN_KEYWORD
 from shadowpeft.model.cache import CACHE
 
@@ -50,8 +50,8 @@ class MixedRun:
         self.parts = parts
 
     @property
-    def goes_into_blocks(self) -> bool:
-        return any(run.goes_into_blocks for _, run in self.parts)
+    def corrects_between(self) -> bool:
+        return any(run.corrects_between for _, run in self.parts)
 
     def step(self, block_index: int, h: Tensor) -> Tensor:
         """The corrected input of block ``block_index``, [B, T, d]."""
@@ -62,9 +62,15 @@ class MixedRun:
     def between(self, block_index: int, added: Tensor) -> Tensor:
         """What attention of block ``block_index`` is to add to the residual stream, [B, T, d]."""
         for rows, run in self.parts:
-            if run.goes_into_blocks:
-                added = added.index_copy(0, rows.to(added.device), run.between(block_index, added[rows]))
+            if run.corrects_between:
+                corrected = run.between(block_index, added[rows])
+                added = added.index_copy(0, rows.to(added.device), corrected.to(added.dtype))
         return added
+
+    def check(self, num_blocks: int) -> None:
+        """As :meth:`ShadowRun.check`, of every run."""
+        for _, run in self.parts:
+            run.check(num_blocks)
 
 
 # Of each adapter: indices [b] of its rows, and their s(0) [b, T, d].
@@ -134,9 +140,11 @@ def base_hidden(
             parts.append((place[owners[attached]], ShadowRun(model.network(name), initial[attached])))
     decoder = decoder_of(model.base if isinstance(model, ShadowModel) else model)
     cache = _cache(caches, "base", decoder.config)
-    run = {RUN_KEYWORD: MixedRun(parts)} if parts else {}
-    inputs = _inputs(rows, ids, mask) | {CACHE: cache}
-    return decoder(input_ids=ids[rows], **inputs, **run).last_hidden_state
+    run = MixedRun(parts)
+    inputs = _inputs(rows, ids, mask) | {CACHE: cache} | ({RUN_KEYWORD: run} if parts else {})
+    hidden = decoder(input_ids=ids[rows], **inputs).last_hidden_state
+    run.check(len(blocks_of(decoder)))
+    return hidden
 
 
 def head_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
