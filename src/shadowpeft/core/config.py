@@ -70,7 +70,9 @@ class ShadowConfig:
         "normal", "W_down ~ N(0, 0.02^2) (N(0, 1/d) with inject_activation or inject_branch), or torch's nn.Linear default"
     )
     inject_from: Literal["difference", "state"] = setting("difference", "correct from h - s (Eq. 2) or from s alone")
-    first_block: int = setting(1, "index of the first block whose input is corrected")
+    first_block: int = setting(
+        1, "index of the first block whose input is corrected (between sublayers: and what goes into the MLP in front of it)"
+    )
     inject_between: Literal["blocks", "sublayers"] = setting(
         "blocks", "correct what goes into blocks, or what goes from attention into the MLP as well"
     )
@@ -193,8 +195,8 @@ class ShadowConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
         """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that
-        with its weights in the corrections (``attached``), which lie between attention and MLP too (``sublayers``); see
-        docs/equations.md. A preset's sizes are left out where the shadow is not implicit."""
+        with its weights in the corrections (``attached``), which lie between attention and MLP too, read what either added and
+        have no activation (``sublayers``); see docs/equations.md. A preset's sizes are left out where the shadow is not implicit."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**preset_fields(name, overrides.get("shadow_model", "implicit")), **overrides})
