@@ -68,7 +68,7 @@ def refused(arguments, monkeypatch, capsys):
         (["--config", "not_yaml.yaml"], "is not valid YAML"),
         (["--config", "shadow_list.yaml"], "shadow must hold `key: value` lines, not a list"),
         (["--config", "absent.yaml"], "no config file at"),
-        (["--preset", "lora"], "unknown preset 'lora'; choose one of paper, recommended, attached, authors, peft"),
+        (["--preset", "lora"], "unknown preset 'lora'; choose one of paper, recommended, attached, sublayers, authors, peft"),
         (["--r", "0"], "r=0 is not valid: expected an integer of at least 1"),
         (["--schedule", "round"], "schedule='round' is not valid: expected one of cosine"),
         (["--dtype", "int3"], "dtype='int3' is not valid: expected one of auto"),

@@ -194,9 +194,10 @@ class ShadowConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "ShadowConfig":
-        """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, or that
-        with its weights in the corrections (``attached``), which lie between attention and MLP too, read what either added and
-        have no activation (``sublayers``); see docs/equations.md. A preset's sizes are left out where the shadow is not implicit."""
+        """The ``paper``'s formulas, the ``authors``' package's, Hugging Face ``peft``'s, what is ``recommended`` here, that
+        with its weights in the corrections (``attached``), or those in twice as many places, which also read what the
+        sublayer in front of them added, without an activation (``sublayers``); see docs/equations.md. A preset's sizes are left
+        out where the shadow is not implicit."""
         if name not in PRESETS:
             raise ConfigError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
         return cls.from_dict({**preset_fields(name, overrides.get("shadow_model", "implicit")), **overrides})
