@@ -163,7 +163,7 @@ def test_the_recipe_of_the_other_base_solves_its_budget_and_keeps_a_methods_own_
 
 LARGE = (
     *("compare_small", "compare_long", "compare_babyllama", "compare_unread", "confirm"),
-    *("other_base_search", "rank_search"),
+    *("other_base_search", "rank_search", "sublayer_search"),
 )
 
 
