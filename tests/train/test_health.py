@@ -53,11 +53,11 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_step_and_batch(bench, 
 def test_a_gradient_that_is_no_number_stops_the_run_and_names_the_weight(bench, tmp_path, monkeypatch):
     forward = Injection.forward
 
-    def broken(self, h, s):
+    def broken(self, h, s, added=None):
         if self.training and len(seen) >= 4:  # the batch of step 3; the loss itself stays finite
             self.W_up.register_hook(lambda gradient: gradient * float("inf"))
         seen.append(1)
-        return forward(self, h, s)
+        return forward(self, h, s, added)
 
     seen = []
     monkeypatch.setattr(Injection, "forward", broken)
