@@ -120,7 +120,7 @@ def test_a_branch_of_nothing_is_read_as_nothing():
 def test_a_branch_is_divided_in_full_precision():
     """40,000 twice over is past float16's range, and one over the smallest size that counts nearly is."""
     for entry in (40_000.0, 1e-7):
-        read, scale = step.in_units(torch.tensor([[entry, -entry]], dtype=torch.float16))
+        read, scale = step.unit_of_branch(torch.tensor([[entry, -entry]], dtype=torch.float16))
         assert read.dtype == scale.dtype == torch.float32
         assert_close(read, torch.tensor([[entry, -entry]]) / max(entry, step.SMALLEST_BRANCH), rtol=0.2, atol=0)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from shadowpeft.core.step import ACTIVATIONS, in_units, rms, unit
+from shadowpeft.core.step import ACTIVATIONS, rms, unit, unit_of_branch
 
 if TYPE_CHECKING:
     from shadowpeft.core.network import ShadowNetwork
@@ -73,15 +73,15 @@ def correct(injection: "Injection", h: Tensor, s: Tensor, added: Tensor | None =
         source = unit(h.to(s.dtype), scale) - s if config.inject_from == "difference" else s
         hidden = source @ W_down
         if injection.W_branch is not None and added is not None:
-            hidden += in_units(added)[0].to(s.dtype) @ injection.W_branch
-        added = ACTIVATIONS[config.inject_activation](hidden) @ W_up
+            hidden += unit_of_branch(added)[0].to(s.dtype) @ injection.W_branch
+        lifted = ACTIVATIONS[config.inject_activation](hidden) @ W_up
         if injection.diagonal is not None:
-            added = added.addcmul_(injection.diagonal, s, value=config.diagonal_ratio)
-        return torch.add(h, added.mul_(scale).to(h.dtype), alpha=config.bottleneck_alpha)
+            lifted = lifted.addcmul_(injection.diagonal, s, value=config.diagonal_ratio)
+        return torch.add(h, lifted.mul_(scale).to(h.dtype), alpha=config.bottleneck_alpha)
     if config.scale_state:
         s = s * rms(h)
     source = h - s if config.inject_from == "difference" else s
-    added = source.to(W_down.dtype) @ W_down @ W_up
+    lifted = source.to(W_down.dtype) @ W_down @ W_up
     if injection.diagonal is not None:
-        added = added.addcmul_(injection.diagonal, s.to(added.dtype), value=config.diagonal_ratio)
-    return torch.add(h, added.to(h.dtype), alpha=config.bottleneck_alpha)
+        lifted = lifted.addcmul_(injection.diagonal, s.to(lifted.dtype), value=config.diagonal_ratio)
+    return torch.add(h, lifted.to(h.dtype), alpha=config.bottleneck_alpha)

@@ -41,7 +41,7 @@ def unit(h: States, scale: Tensor) -> States:
 SMALLEST_BRANCH = 1e-4
 
 
-def in_units(added: Tensor) -> tuple[Tensor, Tensor]:
+def unit_of_branch(added: Tensor) -> tuple[Tensor, Tensor]:
     """What was added to the residual stream divided by its RMS, [B, T, d], and that RMS, [B, T, 1], in fp32 or wider."""
     added = added.to(torch.promote_types(added.dtype, torch.float32))
     scale = rms(added).clamp_min(SMALLEST_BRANCH)
@@ -143,7 +143,7 @@ class Injection(nn.Module):
         source = F.dropout(source, dropout) if drops_input else source
         hidden = source @ self.W_down
         if self.W_branch is not None and branch is not None:
-            branch = in_units(branch)[0].to(s.dtype)
+            branch = unit_of_branch(branch)[0].to(s.dtype)
             hidden = hidden + (F.dropout(branch, dropout) if drops_input else branch) @ self.W_branch
         hidden = hidden if drops_input else F.dropout(hidden, dropout)
         added = ACTIVATIONS[config.inject_activation](hidden) @ self.W_up

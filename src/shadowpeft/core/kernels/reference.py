@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shadowpeft.core.kernels.masks import Masks
 from shadowpeft.core.kernels.spec import Branch, StepSpec, StepWeights
-from shadowpeft.core.step import ACTIVATIONS, SMALLEST_BRANCH, discrepancy, in_units, inject, rms, unit, update
+from shadowpeft.core.step import ACTIVATIONS, SMALLEST_BRANCH, discrepancy, inject, rms, unit, unit_of_branch, update
 
 
 class StepOutput(NamedTuple):
@@ -244,7 +244,7 @@ def _backward_down(
 
 def _read_branch(spec: StepSpec, branch: Branch, masks: Masks | None) -> tuple[Tensor, Tensor | None, Tensor]:
     """(What W_branch reads, [N, d], with its mask applied; that mask; the RMS that it was divided by, [N, 1], maybe wider)."""
-    read, scale = in_units(branch.added)
+    read, scale = unit_of_branch(branch.added)
     read = read.to(branch.weight.dtype)
     if masks is None or spec.inject_dropout == 0 or not spec.drop_input:
         return read, None, scale
@@ -258,7 +258,7 @@ def _backward_branch(spec: StepSpec, grad_bottleneck: Tensor, branch: Branch, ma
     grad_weight = read.t() @ grad_bottleneck
     grad = grad_bottleneck @ branch.weight.t()
     if mask is not None:
-        grad, read = grad.mul_(mask), in_units(branch.added)[0]
+        grad, read = grad.mul_(mask), unit_of_branch(branch.added)[0]
     # An addition smaller than that is divided by a constant.
     along = (grad * read).mean(-1, keepdim=True) * (scale > SMALLEST_BRANCH)
     return Branch(((grad - read * along) / scale).to(branch.added.dtype), grad_weight)
