@@ -24,10 +24,10 @@ from shadowpeft.deploy.gguf import GGUF_FILE, SUPPORTED
 from shadowpeft.deploy.measure import Questions, measure
 from shadowpeft.deploy.serve.service import end_ids
 from shadowpeft.errors import DataError
-from shadowpeft.evaluate.batches import num_positions
 from shadowpeft.evaluate.record import data_revision, origin, write_record
 from shadowpeft.evaluate.result import Answers, scored
 from shadowpeft.model.load import find_tokenizer
+from shadowpeft.model.positions import num_positions
 from shadowpeft.model.pretrained import read_raw_config
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import all_prompt_ids, cut_left, load_rows, target_ids
@@ -57,7 +57,7 @@ def write_forms(adapter: str, base: str | None, folder: Path) -> dict[str, Path]
 def questions_of(task: Task, rows: list[Row], folder: Path, tokenizer: Any) -> Questions:
     """The task's prompts, cut and ended as `shadowpeft eval` does."""
     model = AutoModelForCausalLM.from_pretrained(folder)
-    positions = num_positions(model)
+    positions = num_positions(model.config)
     num_new = int(min(task.max_new_tokens, positions / 2))
     room = int(min(positions - num_new, 10**6))
     prompts = [cut_left(tokenizer, ids, room) for ids in all_prompt_ids(task, tokenizer, rows)]

@@ -15,7 +15,7 @@ from shadowpeft.deploy.serve.catalogue import catalogue
 from shadowpeft.deploy.serve.mixed import Path
 from shadowpeft.deploy.serve.service import LocalService, Settings
 from shadowpeft.generate import SpeculativeFallbackWarning
-from shadowpeft.model.architectures import dynamic_rope_border
+from shadowpeft.model.positions import dynamic_rope_border
 from shadowpeft.train.data import load_rows
 from shadowpeft.train.tasks import TASKS
 

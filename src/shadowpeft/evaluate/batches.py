@@ -1,6 +1,5 @@
 """Running a model over many inputs without training it."""
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,9 +58,3 @@ def evaluating(model: Any) -> Iterator[None]:
     finally:
         for module, was_training in modes:
             module.training = was_training
-
-
-def num_positions(model: Any) -> float:
-    """Positions the model was made for; unlimited where its config names none."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return math.inf if positions is None else positions

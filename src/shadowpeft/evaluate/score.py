@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.errors import DataError
-from shadowpeft.evaluate.batches import Progress, in_batches, num_positions
+from shadowpeft.evaluate.batches import Progress, in_batches
 from shadowpeft.evaluate.result import Answers, Evaluation, metrics_of, row_scores, scored
+from shadowpeft.model.positions import num_positions, within_positions
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import (
     AnswerCollator,
@@ -86,7 +87,7 @@ def evaluate_generation(
     half of the positions, the prompt ``max_length``, but at most the rest.
     """
     _check_rows(task, rows)
-    positions = num_positions(model)
+    positions = num_positions(model.config)
     num_new = int(min(max_new_tokens or task.max_new_tokens, positions / 2))
     room = int(min(max_length, positions - num_new))
     prompts = all_prompt_ids(task, tokenizer, rows)
@@ -177,7 +178,7 @@ def evaluate_choice(
     options = [task.choices(row) for row in rows]
     letters = {choices: choice_tokens(tokenizer, choices) for choices in set(map(tuple, options))}
     prompts = all_prompt_ids(task, tokenizer, rows)
-    room = int(min(max_length, num_positions(model) - 1))
+    room = int(min(max_length, num_positions(model.config) - 1))
     leads = [letters[tuple(choices)][0] for choices in options]
     asked = [
         [*cut_left(tokenizer, ids, room - len(lead)), *lead] for ids, lead in zip(prompts, leads, strict=True)
@@ -236,7 +237,7 @@ def evaluate_classification(
 ) -> Evaluation:
     """The label with the largest logit, from one pass over the text."""
     _check_rows(task, rows)
-    room = int(min(max_length, num_positions(model)))
+    room = within_positions(max_length, model.config)
     examples, report = encode_classification(task, tokenizer, rows, label_names, room)
     collate = AnswerCollator(tokenizer)
 

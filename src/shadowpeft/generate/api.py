@@ -28,9 +28,10 @@ from shadowpeft.generate.rollback import why_not_croppable, why_not_draftable
 from shadowpeft.generate.speculative import decode
 from shadowpeft.generate.statistics import SpeculativeOutput
 from shadowpeft.generate.timeline import is_fixed
-from shadowpeft.model.architectures import decoder_of, dynamic_rope_border, rope_border
+from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.cache import CACHE, shadow_view
 from shadowpeft.model.placement import device_of
+from shadowpeft.model.positions import dynamic_rope_border, rope_border
 from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.tasks import DECODERS, ShadowModelForCausalLM
 

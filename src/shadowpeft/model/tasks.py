@@ -24,9 +24,10 @@ from shadowpeft.core.losses import (
     shared_head_losses,
     without_gradient,
 )
-from shadowpeft.model.architectures import architecture_of, decoder_of, head_of, rope_border
+from shadowpeft.model.architectures import architecture_of, decoder_of, head_of
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE, one_cache
+from shadowpeft.model.positions import rope_border
 from shadowpeft.model.refusals import refuse_ignore_index, refuse_other_losses, refuse_rows, refuse_without_shadow
 from shadowpeft.model.settings import by_name, setting
 from shadowpeft.model.wrapper import ShadowModel

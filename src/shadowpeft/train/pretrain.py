@@ -24,6 +24,7 @@ from shadowpeft.files import remove_leftovers
 from shadowpeft.model.architectures import decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer, location
 from shadowpeft.model.build import build_network
+from shadowpeft.model.positions import within_positions
 from shadowpeft.model.pretrained import check_same_tokenizer, is_projected, read_projection, read_raw_config
 from shadowpeft.model.projected import write_pretrained
 from shadowpeft.model.projection import projection_between
@@ -166,7 +167,7 @@ def _train(
         train_dataset=PackedText(
             config.data,
             tokenizer,
-            length=_usable_length(config, base, network),
+            length=within_positions(config.length, base.config, network.backbone.config),
             field=config.text_field,
             split=config.split,
             seed=config.seed,
@@ -186,12 +187,6 @@ def _train(
 
 def training_arguments(config: PretrainConfig, folder: Path) -> TrainingArguments:
     return shared_arguments(config, folder, max_steps=config.steps)
-
-
-def _usable_length(config: PretrainConfig, base: PreTrainedModel, network: ShadowNetwork) -> int:
-    """The asked length, but never past the positions that either model knows."""
-    known = [getattr(c, "max_position_embeddings", None) for c in (base.config, network.backbone.config)]
-    return min([config.length, *(positions for positions in known if positions)])
 
 
 def _public(config: PretrainConfig) -> dict[str, Any]:

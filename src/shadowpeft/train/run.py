@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
 from shadowpeft.errors import ConfigError
 from shadowpeft.files import remove_leftovers, write_files
 from shadowpeft.model import ShadowModel, get_shadow_model
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.positions import within_positions
 from shadowpeft.train.arguments import refuse_float16_unasked, shared_arguments
 from shadowpeft.train.callbacks import MetricLines, ProgressLine, StopOnInterrupt
 from shadowpeft.train.checkpoints import check_run_folder, write_run_file
@@ -84,7 +85,7 @@ def prepare(config: TrainConfig) -> Prepared:
     refuse_float16_unasked(config, base)
     base.config.pad_token_id = tokenizer.pad_token_id
     model = get_shadow_model(base, _fitting(config, labels))
-    length = _usable_length(config, base)
+    length = within_positions(config.max_length, base.config)
     if labels is None:
         examples, encoding = encode_generation(task, tokenizer, train_rows, length)
     else:
@@ -103,12 +104,6 @@ def prepare(config: TrainConfig) -> Prepared:
 
 def _fitting(config: TrainConfig, labels: list[str] | None) -> Any:
     return config.shadow.replace(task_type="CAUSAL_LM" if labels is None else "SEQ_CLS")
-
-
-def _usable_length(config: TrainConfig, base: PreTrainedModel) -> int:
-    """The asked length, but never past the positions the base was trained on."""
-    positions = getattr(base.config, "max_position_embeddings", None)
-    return config.max_length if positions is None else min(config.max_length, positions)
 
 
 def _checkpointing(config: TrainConfig) -> dict[str, Any]:

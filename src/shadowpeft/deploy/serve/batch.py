@@ -16,9 +16,8 @@ from shadowpeft.deploy.serve.exported import ExportedModel, Served
 from shadowpeft.deploy.serve.mixed import mixed_logits
 from shadowpeft.deploy.serve.sampling import choose, facts
 from shadowpeft.deploy.serve.sequence import Sequence
-from shadowpeft.evaluate.batches import num_positions
 from shadowpeft.model import ShadowModel
-from shadowpeft.model.architectures import rope_border
+from shadowpeft.model.positions import num_positions, rope_border
 
 
 @dataclass(kw_only=True)
@@ -50,7 +49,7 @@ def most_tokens(model: Served) -> float:
     if isinstance(model, ShadowModel):
         configs += [model.network(name).backbone.config for name in model.networks]
     borders = map(rope_border, configs)
-    return min(num_positions(model), *(border for border in borders if border is not None), math.inf)
+    return min(num_positions(model.config), *(border for border in borders if border is not None), math.inf)
 
 
 @torch.inference_mode()

@@ -22,10 +22,10 @@ from shadowpeft.deploy.serve.protocol import ChatRequest, Request
 from shadowpeft.deploy.serve.sampling import Sampling
 from shadowpeft.deploy.serve.scheduler import MAX_TOKENS, Scheduler
 from shadowpeft.deploy.serve.sequence import End, Event, Job, Piece, Sequence
-from shadowpeft.evaluate.batches import num_positions
 from shadowpeft.generate import SpeculativeFallbackWarning
 from shadowpeft.generate.rollback import why_not_draftable
 from shadowpeft.model import ShadowModel
+from shadowpeft.model.positions import num_positions
 from shadowpeft.train.data import token_ids
 from shadowpeft.train.tasks import Task
 
@@ -268,7 +268,7 @@ class LocalService:
 
 def _context(model: Served, settings: Settings) -> int:
     """Tokens of prompt and answer, with a warning where they are fewer than were asked for."""
-    wanted = min(num_positions(model), settings.max_context or 2**31)
+    wanted = min(num_positions(model.config), settings.max_context or 2**31)
     context = min(wanted, most_tokens(model))
     if context < wanted:
         warnings.warn(

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from shadowpeft.core.head_loss import IGNORE
-from shadowpeft.evaluate.batches import evaluating, num_positions
+from shadowpeft.evaluate.batches import evaluating
+from shadowpeft.model.positions import within_positions
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import AnswerCollator, encode_classification, encode_generation
 from shadowpeft.train.tasks import Task
@@ -28,7 +29,7 @@ def answer_loss(
 
     Only the prediction that is used counts: a shadow's auxiliary loss is no part of it.
     """
-    length = int(min(max_length, num_positions(model)))
+    length = within_positions(max_length, model.config)
     if labels is None:
         examples, _ = encode_generation(task, tokenizer, rows, length)
     else:

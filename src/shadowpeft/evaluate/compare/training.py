@@ -15,6 +15,7 @@ from shadowpeft.evaluate.compare.store import Store
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.model.bases import load_model, load_tokenizer
 from shadowpeft.model.fingerprint import fingerprint
+from shadowpeft.model.positions import within_positions
 from shadowpeft.train.arguments import refuse_float16_unasked, refuse_float16_weights
 from shadowpeft.train.config import TrainConfig, split_settings
 from shadowpeft.train.data import encode_classification, encode_generation
@@ -59,7 +60,7 @@ def train_method(cell: Cell, store: Store, setting: Payload, *, seed: int, share
         model.to("cuda")
     cost: Payload = {}
     if trainable:
-        length = int(min(config.max_length, getattr(base.config, "max_position_embeddings", None) or config.max_length))
+        length = within_positions(config.max_length, base.config)
         rows = store.rows(cell.task, "train", config.limit_train)
         if labels is None:
             examples, encoding = encode_generation(task, tokenizer, rows, length)

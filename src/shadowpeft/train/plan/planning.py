@@ -6,6 +6,7 @@ from typing import Any
 
 from shadowpeft.core.config import require
 from shadowpeft.core.head_loss import usual_rows
+from shadowpeft.model.positions import within_positions
 from shadowpeft.train.config import TrainConfig
 from shadowpeft.train.plan.ceilings import Ceilings
 from shadowpeft.train.plan.fit import Fit, choose
@@ -169,11 +170,10 @@ def plan_training(
 
 
 def _shape(skeleton: Skeleton, config: TrainConfig, devices: Devices, labelled: float) -> StepShape:
-    positions = getattr(skeleton.model.config, "max_position_embeddings", None)
     vocabulary = skeleton.model.config.get_text_config().vocab_size
     return StepShape(
         batch=config.batch_size,
-        length=config.max_length if positions is None else min(config.max_length, positions),
+        length=within_positions(config.max_length, skeleton.model.config),
         labelled=labelled,
         accumulates=config.gradient_accumulation > 1,
         chunk_rows=usual_rows(vocabulary, "cpu" if devices.kind == "cpu" else "cuda"),
