@@ -27,8 +27,8 @@ from transformers.utils import logging
 from decode_rows import Contender, lora_rows, our_rows, peer_rows, step_bytes
 from shadowpeft import ShadowModel, SpeculativeConfig, collect_statistics, get_shadow_model
 from shadowpeft.evaluate.record import origin, write_record
-from shadowpeft.model import checkpoint
 from shadowpeft.model.cache import CACHE
+from shadowpeft.model.hub import find_folder
 from shadowpeft.model.load import load_with_tokenizer
 from shadowpeft.train.data import load_rows, prompt_ids
 from shadowpeft.train.tasks import TASKS
@@ -161,7 +161,7 @@ def adapter_setting(options: argparse.Namespace) -> tuple:
     loaded, tokenizer = load_with_tokenizer(options.adapter, base=options.base)
     base = loaded.unload().to(options.device)
     plain = sharing_copy(base)
-    model = ShadowModel.from_pretrained(checkpoint.find_folder(options.adapter), base, allow_other_weights=True)
+    model = ShadowModel.from_pretrained(find_folder(options.adapter), base, allow_other_weights=True)
     task = TASKS[options.task]
     rows = load_rows(task, "test", source=options.data, limit=options.trials * max(options.batches))
     prompts = [prompt_ids(task, tokenizer, row, 512) for row in rows]

@@ -14,7 +14,7 @@ from models import randomise, tiny_base, tiny_config, tokens
 from shadowpeft import ShadowModel, get_shadow_model
 from shadowpeft.errors import AdapterError, ArchitectureError, CheckpointError, ConfigError
 from shadowpeft.files import SaveError
-from shadowpeft.model import bases, checkpoint
+from shadowpeft.model import adapter_config, bases, checkpoint, hub
 from shadowpeft.model.fingerprint import fingerprint
 
 pytestmark = pytest.mark.contract
@@ -339,7 +339,7 @@ def test_a_model_loaded_by_transformers_is_of_the_only_commit_in_the_cache(tmp_p
 
 
 def test_a_base_is_compared_without_taking_a_fingerprint_of_it_anew(saved, monkeypatch):
-    monkeypatch.setattr(checkpoint, "fingerprint", lambda base: pytest.fail("a fingerprint that nobody reads"))
+    monkeypatch.setattr(adapter_config, "fingerprint", lambda base: pytest.fail("a fingerprint that nobody reads"))
     load(saved[0])
 
 
@@ -357,7 +357,7 @@ def test_a_classifier_keeps_its_heads_and_label_names(tmp_path):
     model = get_shadow_model(base, tiny_config(task_type="SEQ_CLS"))
     randomise(model.network())
     model.save_pretrained(tmp_path)
-    described = checkpoint.read_config(tmp_path)["base"]
+    described = adapter_config.read_config(tmp_path)["base"]
     assert described["id2label"] == {"0": "red", "1": "green", "2": "blue"}
     fresh = tiny_base(labels=3)
     torch.nn.init.normal_(fresh.score.weight)  # as whenever a classifier is made from a language model's folder
@@ -389,7 +389,7 @@ def uploads(monkeypatch):
             calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir()), options))
             return type("Commit", (), {"commit_url": "address of the commit"})
 
-    monkeypatch.setattr(checkpoint, "HfApi", FakeApi)
+    monkeypatch.setattr(hub, "HfApi", FakeApi)
     return calls
 
 

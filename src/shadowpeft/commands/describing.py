@@ -15,7 +15,9 @@ from shadowpeft.core import ShadowConfig
 from shadowpeft.core.kernels import step_backend
 from shadowpeft.errors import ConfigError
 from shadowpeft.model import ARCHITECTURES
-from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.adapter_config import read_config
+from shadowpeft.model.hub import find_folder
+from shadowpeft.model.tensors import WEIGHTS_FILE
 from shadowpeft.train.health import health
 from shadowpeft.train.tasks import TASKS
 
@@ -33,7 +35,7 @@ def info(adapter: str | None, console: Console, *, with_health: bool = False) ->
         for key, value in _installation().items():
             table.add_row(key, value)
     else:
-        folder = checkpoints.find_folder(adapter)
+        folder = find_folder(adapter)
         for key, value in _description(folder).items():
             table.add_row(key, Text(value))  # which has no markup: a file may hold anything
         for key, value in (health(folder) if with_health else {}).items():
@@ -64,9 +66,9 @@ def _dtype() -> torch.dtype:
 
 
 def _description(folder: Path) -> dict[str, str]:
-    described = checkpoints.read_config(folder)
+    described = read_config(folder)
     base = described["base"]
-    size = (folder / checkpoints.WEIGHTS_FILE).stat().st_size if (folder / checkpoints.WEIGHTS_FILE).is_file() else 0
+    size = (folder / WEIGHTS_FILE).stat().st_size if (folder / WEIGHTS_FILE).is_file() else 0
     settings = {key: json.dumps(value) for key, value in sorted(described["shadow"].items()) if value is not None}
     return {
         "base": f"{base['name_or_path']} ({base['architecture']}, {base['num_blocks']} blocks of {base['hidden_size']})",

@@ -11,7 +11,7 @@ from shadowpeft.evaluate.bars import scoring_bars
 from shadowpeft.evaluate.modes import check_modes, parameters_in_use, score_modes
 from shadowpeft.evaluate.record import write_record
 from shadowpeft.model import ShadowModel
-from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.adapter_config import describe_base, label_names
 from shadowpeft.model.load import load_with_tokenizer
 from shadowpeft.train.data import load_rows
 from shadowpeft.train.run import task_named
@@ -42,7 +42,7 @@ def evaluate(
     check_kind(chosen, model)
     labels = None
     if chosen.kind == "classification":
-        labels = checkpoints.label_names(checkpoints.describe_base(model.base))
+        labels = label_names(describe_base(model.base))
     with scoring_bars(console) as progress:
         scores = score_modes(
             model,

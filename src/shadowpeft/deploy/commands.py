@@ -17,9 +17,9 @@ from shadowpeft.deploy.detach import write_detached
 from shadowpeft.deploy.gguf import write_gguf
 from shadowpeft.deploy.onnx import write_onnx
 from shadowpeft.errors import ConfigError
-from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model.load import find_tokenizer, load_attached
 from shadowpeft.model.pretrained import read_raw_config
+from shadowpeft.model.tensors import CONFIG_FILE
 
 FORMATS = ("onnx", "onnx-int8", "gguf", "gguf-f16")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -108,7 +108,7 @@ def _ordinary(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The detached model of an adapter, or the model of a folder that was detached before."""
     folder = Path(source)
-    if folder.is_dir() and (folder / "config.json").is_file() and not (folder / checkpoints.CONFIG_FILE).is_file():
+    if folder.is_dir() and (folder / "config.json").is_file() and not (folder / CONFIG_FILE).is_file():
         names = read_raw_config(source).get("architectures") or ()
         classifies = any("SequenceClassification" in name for name in names)
         auto = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM

@@ -13,10 +13,12 @@ from shadowpeft.files import new_folder, write_files
 from shadowpeft.model import checkpoint as checkpoints
 from shadowpeft.model import exchange_authors as authors
 from shadowpeft.model import exchange_peft as peft
+from shadowpeft.model.adapter_config import FORMAT, pinned_revision, read_config
 from shadowpeft.model.bases import load_model
 from shadowpeft.model.load import find_tokenizer
 from shadowpeft.model.pretrained import PROJECTED_TYPE, PROJECTION_FILE
 from shadowpeft.model.projected import plain_from_projected, write_plain, write_projected
+from shadowpeft.model.tensors import CONFIG_FILE
 
 Target = Literal["shadowpeft", "authors", "peft"]
 
@@ -77,16 +79,16 @@ def detect(folder: Path) -> str:
     """
     if (folder / peft.PEFT_CONFIG).is_file():
         return "peft"
-    if (folder / checkpoints.CONFIG_FILE).is_file():
-        values = _json(folder / checkpoints.CONFIG_FILE)
-        return "shadowpeft" if values.get("format") == checkpoints.FORMAT else "authors"
+    if (folder / CONFIG_FILE).is_file():
+        values = _json(folder / CONFIG_FILE)
+        return "shadowpeft" if values.get("format") == FORMAT else "authors"
     if (folder / "config.json").is_file():
         if _json(folder / "config.json").get("model_type") == PROJECTED_TYPE:
             return "projected"
         if (folder / PROJECTION_FILE).is_file() or (folder / "pretrain.json").is_file():
             return "pretrained"
     raise CheckpointError(
-        f"{folder} is in no format that can be converted; expected {checkpoints.CONFIG_FILE} (shadowpeft or "
+        f"{folder} is in no format that can be converted; expected {CONFIG_FILE} (shadowpeft or "
         f"shadow-peft), {peft.PEFT_CONFIG} (peft) or the config.json of a pretrained shadow"
     )
 
@@ -109,10 +111,10 @@ def _read(
     allow_other_weights: bool,
 ) -> tuple[PreTrainedModel, ShadowNetwork]:
     if kind == "shadowpeft":
-        described = checkpoints.read_config(folder)["base"]
+        described = read_config(folder)["base"]
         count = described["num_labels"]
         names = [described["id2label"][str(index)] for index in range(count)] if count else None
-        pinned = {} if base else checkpoints.pinned_revision(described)
+        pinned = {} if base else pinned_revision(described)
         loaded = _base(base or described["name_or_path"], names, folder, **pinned)
         return loaded, checkpoints.load_adapter(
             loaded, folder, allow_other_weights=allow_other_weights, shadow_model=shadow_model
@@ -127,7 +129,7 @@ def _read(
     if (len(labels) if labels else None) != num_labels:
         raise ConfigError(f"{len(labels or [])} labels were given, but {folder} has {num_labels or 0} classes")
     described = {"name_or_path": None} if base or kind == "authors" else peft.base_of_peft(folder)
-    pinned = checkpoints.pinned_revision(described)
+    pinned = pinned_revision(described)
     loaded = _base(base or described["name_or_path"], labels, folder, **pinned)
     read = authors.read_authors if kind == "authors" else peft.read_peft
     return loaded, read(folder, loaded, shadow_model=shadow_model)

@@ -5,8 +5,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.errors import ArchitectureError
-from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.adapter_config import label_names, read_config
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.hub import find_folder
 from shadowpeft.model.placement import device_named, moved
 from shadowpeft.model.wrapper import ShadowModel
 
@@ -23,11 +24,11 @@ def load_attached(
         ConfigError: there is no such device.
     """
     place = device_named(device)
-    folder = checkpoints.find_folder(adapter)
-    described = checkpoints.read_config(folder)["base"]
+    folder = find_folder(adapter)
+    described = read_config(folder)["base"]
     loaded: PreTrainedModel | None = None
     if base is not None:
-        loaded = load_model(base, labels=checkpoints.label_names(described))
+        loaded = load_model(base, labels=label_names(described))
     model = ShadowModel.from_pretrained(folder, loaded, allow_other_weights=allow_other_weights)
     tokenizer = find_tokenizer(str(folder), base or described["name_or_path"])
     if tokenizer is not None and model.config.pad_token_id is None:

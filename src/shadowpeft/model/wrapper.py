@@ -14,10 +14,12 @@ from shadowpeft.core import ShadowConfig, ShadowNetwork, ShadowRun
 from shadowpeft.core.needed_rows import only_rows, row_wise_weights
 from shadowpeft.errors import AdapterError, ConfigError
 from shadowpeft.model import checkpoint, detach
+from shadowpeft.model.adapter_config import describe_base
 from shadowpeft.model.adapters import AdaptedModel, check_bare
 from shadowpeft.model.architectures import blocks_of, decoder_of
 from shadowpeft.model.attach import RUN_KEYWORD
 from shadowpeft.model.cache import CACHE, shadow_view
+from shadowpeft.model.hub import upload
 from shadowpeft.model.sharded import gathered_state
 
 # Asked of the base alone: the shadow has its own blocks, whose attention maps nobody ordered.
@@ -99,7 +101,7 @@ class ShadowModel(AdaptedModel):
             base_description=base_description,
         )
         if push_to_hub:
-            checkpoint.upload(folder, repo_id or folder.name, **_without(kwargs, _WRITING_OPTIONS))
+            upload(folder, repo_id or folder.name, **_without(kwargs, _WRITING_OPTIONS))
 
     def save_sharded(self, save_directory: str | Path, *, is_main_process: bool, **kwargs: Any) -> None:
         """As :meth:`save_pretrained`, called by every process that holds a part of the weights; the main one writes.
@@ -107,7 +109,7 @@ class ShadowModel(AdaptedModel):
         Only the adapter is gathered, and of the base the few tensors by which it is known again.
         """
         network = self.network(kwargs.get("adapter_name"))
-        state, description = gathered_state(network), checkpoint.describe_base(self.base)
+        state, description = gathered_state(network), describe_base(self.base)
         prefix = f"networks.{kwargs.get('adapter_name') or self.active_adapter}."
         self.save_pretrained(
             save_directory,

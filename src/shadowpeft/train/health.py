@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shadowpeft.core import ShadowConfig
 from shadowpeft.core.step import ACTIVATIONS
-from shadowpeft.model.checkpoint import read_config
+from shadowpeft.model.adapter_config import read_config
 from shadowpeft.model.tensors import DIGEST, WEIGHTS_FILE, read_tensors
 
 WINDOW = 16

@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from shadowpeft.files import STAGING_PREFIX, put_in_place, save_errors, sync_tree
-from shadowpeft.model.checkpoint import CARD_FILE
+from shadowpeft.model.hub import CARD_FILE
 from shadowpeft.model.tensors import CONFIG_FILE, WEIGHTS_FILE
 from shadowpeft.train.callbacks import AskedIntervals
 from shadowpeft.train.finite import check_gradients, check_loss

@@ -15,8 +15,9 @@ from shadowpeft.model import ShadowModel
 from shadowpeft.model.architectures import refuse_zero3
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE
-from shadowpeft.model.checkpoint import WEIGHTS_FILE, restore_weights
+from shadowpeft.model.checkpoint import restore_weights
 from shadowpeft.model.sharded import is_sharded
+from shadowpeft.model.tensors import WEIGHTS_FILE
 from shadowpeft.train.groups import heads_of, multiplied_parts
 from shadowpeft.train.saving import SafeTrainer
 

@@ -11,10 +11,12 @@ from shadowpeft.deploy.serve.exported import ExportedModel, Served, is_exported
 from shadowpeft.deploy.serve.joining import new_cache
 from shadowpeft.errors import AdapterError, ArchitectureError, ConfigError
 from shadowpeft.model import ShadowModel
-from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.adapter_config import pinned_revision, read_config
 from shadowpeft.model.architectures import architecture_of, decoder_of
 from shadowpeft.model.bases import load_model, load_tokenizer
+from shadowpeft.model.hub import find_folder
 from shadowpeft.model.placement import device_named, moved
+from shadowpeft.model.tensors import CONFIG_FILE
 from shadowpeft.train.run import task_named
 from shadowpeft.train.tasks import Task
 
@@ -70,10 +72,10 @@ def load_served(
         raise ConfigError("nothing to serve: name adapters, or a base with --base")
     if named and lora is not None:
         raise ConfigError("a merged LoRA changes the base that shadows were trained on; serve them apart")
-    folder = checkpoints.find_folder(named[0][1]) if named else None
-    named_base = {"name_or_path": base} if base or folder is None else checkpoints.read_config(folder)["base"]
+    folder = find_folder(named[0][1]) if named else None
+    named_base = {"name_or_path": base} if base or folder is None else read_config(folder)["base"]
     base_name: Any = named_base["name_or_path"]
-    model = _load_decodable(base_name, **checkpoints.pinned_revision(named_base))
+    model = _load_decodable(base_name, **pinned_revision(named_base))
     tokenizer = load_tokenizer(_tokenizer_place(folder, base_name))
     if lora is not None:
         model = _with_lora(model, lora)
@@ -102,7 +104,7 @@ def load_edge(place: str, *, adapter: str | None = None, device: str | None = No
     target = device_named(device)
     if is_exported(place):
         return Loaded(model=ExportedModel(place), tokenizer=load_tokenizer(place), adapters=[])
-    if (Path(place) / checkpoints.CONFIG_FILE).is_file():
+    if (Path(place) / CONFIG_FILE).is_file():
         loaded = load_served([f"{adapter or 'edge'}={place}"], device="cpu")
         assert isinstance(loaded.model, ShadowModel)
         return Loaded(model=moved(loaded.model.detach(), target), tokenizer=loaded.tokenizer, adapters=[])

@@ -21,7 +21,8 @@ from shadowpeft.errors import ConfigError, DataError
 from shadowpeft.evaluate.record import data_revision
 from shadowpeft.files import new_folder
 from shadowpeft.model import ShadowModel
-from shadowpeft.model import checkpoint as checkpoints
+from shadowpeft.model.adapter_config import read_config
+from shadowpeft.model.hub import find_folder
 from shadowpeft.model.placement import device_named
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import all_prompt_ids, uses_chat
@@ -186,4 +187,4 @@ def _device_arguments(config: SystemConfig) -> list[str]:
 
 
 def _base_name(config: SystemConfig) -> str:
-    return config.base or checkpoints.read_config(checkpoints.find_folder(config.adapter))["base"]["name_or_path"]
+    return config.base or read_config(find_folder(config.adapter))["base"]["name_or_path"]
