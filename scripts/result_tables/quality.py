@@ -275,7 +275,17 @@ def latency_table(name: str, base: str) -> str:
             shown += [f"{row['prefill_ms']:.1f}", f"{row['token_ms']:.2f}", f"{ratio:.2f}"]
         lines.append(f"| {variant} | {' | '.join(shown)} |")
     tokens = f"{rows[0]['prompt_tokens']} tokens of prompt, {rows[0]['new_tokens']} new ones"
-    return "\n".join([*lines, "", f"{tokens}; medians of {rows[0]['rounds']} rounds."])
+    return "\n".join([*lines, "", f"{tokens}; medians of {rows[0]['rounds']} rounds.{tokens_a_pass(rows)}"])
+
+
+def tokens_a_pass(rows: list[dict[str, Any]]) -> str:
+    """What each drafting variant gains in a pass of the base, where that was counted (results of before do not have it)."""
+    counted = [
+        f"{row['variant'].partition(' (')[0]} {row['tokens_a_pass']:.2f} (batch {row['batch_size']})"
+        for row in rows
+        if row.get("tokens_a_pass") is not None
+    ]
+    return f" Tokens that a pass of the base over four drafts brings: {', '.join(counted)}." if counted else ""
 
 
 def preset_table() -> str:

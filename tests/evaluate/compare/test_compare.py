@@ -249,6 +249,10 @@ def test_latency_holds_merged_and_unmerged_lora_and_the_shadow_attached_and_deta
     } <= names
     assert {entry["batch_size"] for entry in entries} == {1, 2}
     assert {entry["prompt_tokens"] for entry in entries} == {8}  # of both batch sizes, so they can be compared
+    drafting = [entry for entry in entries if entry["variant"] == "shadow (attached, speculative)"]
+    assert [entry["equal_tokens"] for entry in drafting] == [1, 1]
+    assert all(1 <= entry["tokens_a_pass"] <= 3 for entry in drafting)  # of three new tokens
+    assert all("tokens_a_pass" not in entry for entry in entries if entry not in drafting)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -266,7 +270,9 @@ def test_a_drafting_variant_that_writes_other_tokens_is_not_timed_unless_tokens_
     variants = {"shadow (attached)": (Other(), {}), "shadow (attached, speculative)": (Other(), {"speculative": 4})}
     batch, tokenizer = {"input_ids": torch.ones(1, 2, dtype=torch.long)}, comparisons.byte_tokenizer()
     if dtype == torch.bfloat16:
-        assert latency._check_drafting(variants, batch, 1, tokenizer) == {"shadow (attached, speculative)": 0.0}
+        assert latency._check_drafting(variants, batch, 1, tokenizer) == {
+            "shadow (attached, speculative)": {"equal_tokens": 0.0, "tokens_a_pass": None}
+        }
         return
     with pytest.raises(RuntimeError, match=r"speculative.* generates other tokens than plain decoding"):
         latency._check_drafting(variants, batch, 1, tokenizer)

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from shadowpeft.evaluate.batches import evaluating
+from shadowpeft.generate import collect_statistics
 from shadowpeft.train.answers import Row
 from shadowpeft.train.data import AnswerCollator, cut_left, padding_id, prompt_ids
 from shadowpeft.train.tasks import Task
@@ -35,6 +36,9 @@ def measure_latency(
         RuntimeError: drafting gives other tokens than plain decoding in fp32 or wider, so its time would mean nothing. In
             narrower precisions two tokens can be level (docs/speculative.md, Ties); there ``equal_tokens`` says how many agree.
 
+    Of a drafting variant an entry also has ``tokens_a_pass``: what a row gains in a pass of the base, from 1 (no draft stands)
+    to one more than the drafts; None where ``generate`` did not draft.
+
     Args:
         adapted: method -> trained model.
         settings: ``prompt_tokens`` (prompts are cut or repeated to it), ``new_tokens``, ``batch_sizes``, ``rounds``.
@@ -48,7 +52,7 @@ def measure_latency(
     entries = []
     for batch_size in settings.get("batch_sizes", (1, 8)):
         batch = prompt_batch(tokenizer, task, rows, batch_size, settings.get("prompt_tokens", 64))
-        equal = _check_drafting(variants, batch, new_tokens, tokenizer)
+        drafting = _check_drafting(variants, batch, new_tokens, tokenizer)
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         for round_index in range(rounds + 1):
             for name, (model, options) in variants.items():
@@ -67,7 +71,7 @@ def measure_latency(
                     "prefill_ms": round(1000 * prefill, 3),
                     "token_ms": round(1000 * (whole - prefill) / (new_tokens - 1), 3),
                     "rounds": rounds,
-                    **({"equal_tokens": round(equal[name], 4)} if name in equal else {}),
+                    **drafting.get(name, {}),
                 }
             )
     return entries
@@ -139,18 +143,22 @@ def _generate(
 
 def _check_drafting(
     variants: Variants, batch: dict[str, torch.Tensor], count: int, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Drafting variant -> share of its new tokens that are those of plain decoding."""
-    equal = {}
+) -> dict[str, dict[str, float | None]]:
+    """Drafting variant -> share of its new tokens that are those of plain decoding, and the tokens of a pass."""
+    found = {}
     for name, (model, options) in variants.items():
         if not options:
             continue
         with evaluating(model), torch.inference_mode():
-            drafted, plain = (_generate(model, batch, count, tokenizer, each) for each in (options, {}))
-        equal[name] = (drafted == plain)[:, -count:].float().mean().item()
-        if equal[name] < 1 and torch.finfo(model.dtype).bits >= 32:
+            plain = _generate(model, batch, count, tokenizer, {})
+            with collect_statistics() as collected:
+                drafted = _generate(model, batch, count, tokenizer, options)
+        equal = (drafted == plain)[:, -count:].float().mean().item()
+        if equal < 1 and torch.finfo(model.dtype).bits >= 32:
             raise RuntimeError(f"{name} generates other tokens than plain decoding; its time says nothing")
-    return equal
+        gained = round(collected[0].mean_accepted_length, 3) if collected else None
+        found[name] = {"equal_tokens": round(equal, 4), "tokens_a_pass": gained}
+    return found
 
 
 def _seconds(call: Callable[[], Any]) -> float:

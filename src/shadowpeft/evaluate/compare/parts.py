@@ -166,11 +166,15 @@ def _more_weights(entry: Entry) -> str:
 def _latency_part(tables: dict[str, list[Entry]]) -> Part | None:
     rows = [
         [entry["variant"], entry["base"], f"{entry['batch_size']}", f"{entry['prompt_tokens']}",
-         _number(entry["prefill_ms"], ",.2f"), _number(entry["token_ms"], ",.3f"), _number(entry.get("equal_tokens"), ".2%")]
+         _number(entry["prefill_ms"], ",.2f"), _number(entry["token_ms"], ",.3f"), _number(entry.get("equal_tokens"), ".2%"),
+         _number(entry.get("tokens_a_pass"), ".2f")]
         for entry in tables["latency"]
     ]  # fmt: skip
-    columns = ["variant", "base", "batch", "prompt tokens", "prefill ms", "ms a token", "drafted as plain"]
-    text = "Medians over rounds in which every variant ran once. Drafted as plain: tokens that are those of plain decoding."
+    columns = ["variant", "base", "batch", "prompt tokens", "prefill ms", "ms a token", "drafted as plain", "tokens a pass"]
+    text = (
+        "Medians over rounds in which every variant ran once. Drafted as plain: tokens that are those of plain decoding. "
+        "Tokens a pass: what a row gains in one pass of the base, 1 if no draft stands."
+    )
     return ("Latency", text, columns, rows) if rows else None
 
 
