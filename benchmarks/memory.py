@@ -15,6 +15,7 @@ import json
 import resource
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rows import PACKAGES, ROWS, SHAPES, build, check_start, main_loss, make_base, make_batch, num_trainable
+from rows import PACKAGES, PRESET_ROWS, ROWS, SHAPES, build, check_start, main_loss, make_base, make_batch, num_trainable
 from shadowpeft.evaluate.record import origin, write_record
 
 MEGABYTE = 1e6
@@ -81,10 +82,10 @@ def in_own_process(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def compare(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """All rows that can run here, under one setting; their starting losses must agree."""
+def compare(names: Iterable[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of the rows that can run here, under one setting; their starting losses must agree."""
     rows = []
-    for name in ROWS:
+    for name in names:
         if name in PACKAGES and find_spec(PACKAGES[name]) is None:
             print(f"{name}: left out, {PACKAGES[name]} is not installed", file=sys.stderr)
             continue
@@ -118,6 +119,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[32_000, 151_936])
     parser.add_argument("--labels", nargs="+", choices=["answers", "all"], default=["answers", "all"])
     parser.add_argument("--dropout", nargs="+", default=["default", "0"], help="'default' (each method's) or a number")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *PRESET_ROWS], help="only these")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, else bfloat16")
     parser.add_argument("--out", type=Path, help="also write the result, with its origin, to this JSON file")
@@ -144,7 +146,7 @@ def main() -> None:
             "device": options.device,
             "dtype": dtype,
         }
-        payload["rows"] += compare(settings)
+        payload["rows"] += compare(options.rows or ROWS, settings)
         if options.out is not None:
             write_record(options.out, payload)  # after every setting: a later failure loses nothing
     print(table(payload["rows"]))

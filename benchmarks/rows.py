@@ -1,4 +1,4 @@
-"""What the training benchmarks compare: a frozen base and seven ways to train something on it, at one budget.
+"""What the training benchmarks compare: a frozen base and several ways to train something on it, at one budget.
 
 Every row shares the base's weights with all others, so that they fit in memory together, and is a module that is
 called with ``input_ids`` and ``labels`` and returns an output with a ``loss``.
@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.core.head_loss import LossSpec
 from shadowpeft.core.losses import shared_head_losses
+from shadowpeft.evaluate.compare.budget import solve
+from shadowpeft.evaluate.compare.recipe import MethodSpec
 from shadowpeft.model.bases import EMBEDDED, load_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -190,6 +192,23 @@ def _ours(base: PreTrainedModel, shape: Shape, budget: int, dropout: float | Non
     return get_shadow_model(base, shadow_config(shape, dropout))
 
 
+def _preset(name: str, **sizes: int) -> Callable[..., nn.Module]:
+    """One of our presets, its r and MLP width scaled to the budget as ``shadowpeft compare`` does."""
+
+    def build(base: PreTrainedModel, shape: Shape, budget: int, dropout: float | None) -> nn.Module:
+        heads = {} if shape.shadow_heads is None else {"shadow_num_attention_heads": shape.shadow_heads}
+        settings: dict[str, Any] = {"preset": name, **heads, **sizes}
+        if dropout is not None:
+            settings["shadow_dropout"] = dropout
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(base.config)
+        sized = solve(MethodSpec(kind="shadow", shadow=settings), skeleton, budget, TOLERANCE)
+        del settings["preset"]
+        return get_shadow_model(base, ShadowConfig.preset(name, **settings | (sized.shadow or {})))
+
+    return build
+
+
 ROWS: dict[str, Callable[[PreTrainedModel, Shape, int, float | None], nn.Module]] = {
     "base with gradients": _base,
     "LoRA attention": _lora(ATTENTION),
@@ -200,6 +219,14 @@ ROWS: dict[str, Callable[[PreTrainedModel, Shape, int, float | None], nn.Module]
     "authors' Shadow": _authors_shadow,
     "ours": _ours,
 }
+# On demand (``--rows``): the presets that compute otherwise than the paper's formula, which "ours" is.
+ONE_HEAD = {"shadow_num_attention_heads": 1, "shadow_num_key_value_heads": 1}
+PRESET_ROWS = {
+    "ours, recommended": _preset("recommended", r=8, shadow_intermediate_size=64),
+    "ours, attached": _preset("attached", **ONE_HEAD),
+    "ours, sublayers": _preset("sublayers", **ONE_HEAD),
+}
+TOLERANCE = 0.02
 # Behind the name of a row: the same under torch.compile.
 COMPILED = ", compiled"
 # What each row needs installed, beyond this package.
@@ -219,7 +246,7 @@ def build(name: str, base: PreTrainedModel, shape: Shape, *, dropout: float | No
     torch.manual_seed(2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = ROWS[name.removesuffix(COMPILED)](twin(base), shape, budget_of(base, shape), dropout)
+        model = (ROWS | PRESET_ROWS)[name.removesuffix(COMPILED)](twin(base), shape, budget_of(base, shape), dropout)
     model.to(device).train()
     if name.endswith(COMPILED):
         model.compile(fullgraph=True)
@@ -240,7 +267,7 @@ def main_loss(name: str, model: nn.Module, batch: dict[str, Tensor]) -> float:
         loss = output.loss
         if name == "HF Shadow":
             loss = loss - model.peft_config["default"].auxiliary_loss_weight * output.shadow_loss
-        if name == "ours":
+        if name.startswith("ours"):
             loss = output.main_loss
     model.train()
     return loss.item()

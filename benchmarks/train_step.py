@@ -30,6 +30,7 @@ from rows import (
     COMPILED,
     IGNORE,
     PACKAGES,
+    PRESET_ROWS,
     ROWS,
     SHAPES,
     Shape,
@@ -167,9 +168,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, nargs="+", help="[default: 32000, or the shape's own]")
     parser.add_argument("--labels", nargs="+", choices=["answers", "all"], default=["answers", "all"])
     parser.add_argument("--dropout", nargs="+", default=["default", "0"], help="'default' (each method's) or a number")
-    with_compiled = [*ROWS, *(name + COMPILED for name in ROWS)]
-    parser.add_argument("--rows", nargs="+", choices=with_compiled, help="only these")
-
+    known = [*ROWS, *PRESET_ROWS]
+    parser.add_argument("--rows", nargs="+", choices=[*known, *(name + COMPILED for name in known)], help="only these")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
