@@ -26,6 +26,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "train-step": partial(speed.train_step_table, "train_step", "train_step-default", "train_step-all", every_label=False),
     "train-step-embedded": partial(speed.train_step_table, "train_step-embedded"),
     "train-step-151936": partial(speed.train_step_table, "train_step-151936"),
+    "train-step-presets": partial(speed.train_step_table, "train_step-presets"),
+    "memory-presets": partial(speed.memory_table, "memory-presets"),
     "memory-embedded": partial(speed.memory_table, "memory-embedded"),
     "training": partial(speed.training_table, "train_step-8B", "train_step"),
     "train-step-gpu": partial(speed.train_step_gpu_table, "train_step-0.6B", "train_step-4B", "train_step-8B"),

@@ -265,7 +265,7 @@ def latency_table(name: str, base: str) -> str:
     rows = [row for row in result(f"{name}/summary")["tables"]["latency"] if row["base"] == base]
     sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
     found = {(row["variant"], row["batch_size"]): row for row in rows}
-    heads = [f"batch {size}: {what}" for size in sizes for what in ("prefill ms", "ms a token", "base = 1")]
+    heads = [f"batch {size}: {what}" for size in sizes for what in ("prefill ms", "ms a token", "time, base = 1")]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(heads)]
     for variant in dict.fromkeys(row["variant"] for row in rows):
         shown = []

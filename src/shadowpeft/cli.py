@@ -289,7 +289,9 @@ def convert(
 def compare(
     recipe: Annotated[Path, typer.Argument(help="YAML file of bases, tasks and methods; see docs/compare.md")],
     output: Annotated[Path | None, typer.Option(help="folder of results and report; default: runs/NAME")] = None,
-    data_root: Annotated[Path | None, typer.Option(help="where relative paths start; default: the hub")] = None,
+    data_root: Annotated[
+        Path | None, typer.Option(help="where relative paths start; default: the working directory, then the hub")
+    ] = None,
     workers: Annotated[int, typer.Option(help="processes side by side")] = 1,
     threads: Annotated[int, typer.Option(help="CPU threads a process")] = 1,
     timeout: Annotated[float, typer.Option(help="seconds a cell may take")] = 86400.0,
