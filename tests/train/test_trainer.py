@@ -162,7 +162,8 @@ def test_what_the_tutorial_says_of_the_plain_trainer_is_so(tmp_path):
         max_steps=1, save_strategy="steps", save_steps=1,
     )  # fmt: skip
     assert {group["lr"] for group in plain.create_optimizer().param_groups} == {1e-2}
-    plain.train()
+    with pytest.warns(UserWarning, match=r"asks for 0\.5 times that \(shadow_lr_multiplier\)"):
+        plain.train()
     with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
         plain.train(resume_from_checkpoint=True)
     assert not any((tmp_path / "checkpoint-1" / name).exists() for name in ("model.safetensors", "pytorch_model.bin"))

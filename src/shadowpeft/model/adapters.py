@@ -11,6 +11,7 @@ from shadowpeft.errors import AdapterError
 from shadowpeft.model.architectures import check_base
 from shadowpeft.model.attach import attach
 from shadowpeft.model.build import build_network, set_trainable
+from shadowpeft.model.rates import watch
 from shadowpeft.model.selection import BASE, override_for, using
 
 
@@ -70,6 +71,7 @@ class AdaptedModel(PreTrainedModel):
     def _register(self, adapter_name: str, network: ShadowNetwork) -> None:
         set_trainable(network, adapter_name == self.active_adapter)
         self.networks[adapter_name] = network.train(self.training)
+        watch(network)
 
     def _check_new_name(self, adapter_name: str) -> None:
         if adapter_name in self.networks:

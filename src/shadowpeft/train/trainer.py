@@ -10,12 +10,14 @@ import torch
 from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from shadowpeft.core import ShadowNetwork
 from shadowpeft.errors import CheckpointError, ConfigError
 from shadowpeft.model import ShadowModel
 from shadowpeft.model.architectures import refuse_zero3
 from shadowpeft.model.build import is_classifier
 from shadowpeft.model.cache import CACHE
 from shadowpeft.model.checkpoint import restore_weights
+from shadowpeft.model.rates import settle
 from shadowpeft.model.sharded import is_sharded
 from shadowpeft.model.tensors import WEIGHTS_FILE
 from shadowpeft.train.groups import heads_of, multiplied_parts
@@ -76,6 +78,8 @@ class ShadowTrainer(SafeTrainer):
         if not is_new and self._has_own_groups:  # a second training
             return optimizer
         trained: nn.Module = adapted.network() if isinstance(adapted, ShadowModel) else adapted
+        if isinstance(trained, ShadowNetwork):
+            settle(trained)  # here they are followed, changed on demand or warned about
         if self._head_lr_multiplier != 1.0 and not heads_of(trained) and trains_classes(adapted):
             raise ConfigError(
                 f"head_lr_multiplier={self._head_lr_multiplier} is for a head called 'score', and {type(trained).__name__} has "
