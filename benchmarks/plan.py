@@ -27,6 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.evaluate.record import origin, write_record
 from shadowpeft.model.bases import EMBEDDED, load_model
+from shadowpeft.train import parameter_groups
 from shadowpeft.train.plan import StepShape, build_skeleton, enable_checkpointing, trace_step
 
 AGREES = 0.15
@@ -108,7 +109,7 @@ def _train(base: Any, case: Case) -> None:
     if case.checkpointing:
         enable_checkpointing(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-3), fused=True)
     ids = torch.randint(1, model.config.vocab_size, (case.batch, case.length))
     mask = torch.ones_like(ids)
     mask[-1, -1] = 0

@@ -15,6 +15,7 @@ from transformers import DynamicCache
 from shadowpeft.core.losses import shared_head_losses
 from shadowpeft.model.architectures import head_of
 from shadowpeft.model.tasks import ShadowModelForCausalLM
+from shadowpeft.train.groups import parameter_groups
 from shadowpeft.train.plan.ledger import Ledger, Phase
 from shadowpeft.train.plan.skeleton import Skeleton, bytes_of
 
@@ -90,7 +91,7 @@ def trace_step(skeleton: Skeleton, shape: StepShape) -> StepTrace:
         trained = [p for p in model.network().parameters() if p.requires_grad]
         for tensor in (*model.parameters(), *model.buffers()):
             ledger.add(tensor)
-        optimizer = torch.optim.AdamW(trained, fused=True)
+        optimizer = torch.optim.AdamW(parameter_groups(model, learning_rate=1e-3), fused=True)
         _fill_states(optimizer, trained)
         if shape.accumulates:
             _give_gradients(trained)
