@@ -47,6 +47,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "ablations": partial(quality.ablations_table, "compare_small", "embedded"),
     "latency": partial(quality.latency_table, "compare_small", "embedded"),
     "scaling": partial(quality.scaling_table, "compare_small", "embedded"),
+    "scaling-searched": partial(quality.scaling_table, "scaling", "embedded"),
+    "latency-babyllama": partial(quality.latency_table, "compare_babyllama", "babyllama"),
     "defaults-search": partial(quality.trials_table, "defaults_search"),
     "preset-study": quality.preset_table,
     "rank-search": partial(quality.chosen_table, "rank_search"),
