@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 from shadowpeft import ShadowConfig, get_shadow_model
 from shadowpeft.core.head_loss import LossSpec
 from shadowpeft.core.losses import shared_head_losses
-from shadowpeft.evaluate.compare.budget import solve
+from shadowpeft.evaluate.compare.budget import count_shadow, meta_base, solve
+from shadowpeft.evaluate.compare.budget import shadow_config as method_config
 from shadowpeft.evaluate.compare.recipe import MethodSpec
 from shadowpeft.model.bases import EMBEDDED, load_model
 
@@ -197,14 +198,10 @@ def _preset(name: str, **sizes: int) -> Callable[..., nn.Module]:
 
     def build(base: PreTrainedModel, shape: Shape, budget: int, dropout: float | None) -> nn.Module:
         heads = {} if shape.shadow_heads is None else {"shadow_num_attention_heads": shape.shadow_heads}
-        settings: dict[str, Any] = {"preset": name, **heads, **sizes}
-        if dropout is not None:
-            settings["shadow_dropout"] = dropout
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(base.config)
-        sized = solve(MethodSpec(kind="shadow", shadow=settings), skeleton, budget, TOLERANCE)
-        del settings["preset"]
-        return get_shadow_model(base, ShadowConfig.preset(name, **settings | (sized.shadow or {})))
+        chosen = {} if dropout is None else {"shadow_dropout": dropout}
+        method = MethodSpec(kind="shadow", shadow={"preset": name, **heads, **sizes, **chosen})
+        sized = solve(method, meta_base(base.config, None), budget, TOLERANCE)
+        return get_shadow_model(base, method_config(method, is_classifier=False, **sized.shadow))
 
     return build
 
@@ -236,9 +233,7 @@ PACKAGES["authors' Shadow"] = "shadow_peft"
 
 def budget_of(base: PreTrainedModel, shape: Shape) -> int:
     """Trained weights of our row, which sets the budget of LoRA and DoRA."""
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(base.config)
-        return get_shadow_model(skeleton, shadow_config(shape, None)).network().num_parameters(only_trainable=True)
+    return count_shadow(shadow_config(shape, None), meta_base(base.config, None))
 
 
 def build(name: str, base: PreTrainedModel, shape: Shape, *, dropout: float | None, device: str) -> nn.Module:
